@@ -1,0 +1,22 @@
+"""Weight initialisation schemes that papers name."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def xavier_init(module: nn.Module) -> None:
+    """MAE's scheme: Linear Xavier-uniform with zero bias, LayerNorm 1 and 0; in place."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.LayerNorm):
+            nn.init.ones_(part.weight)
+            nn.init.zeros_(part.bias)
+
+
+def xavier_init_patch_embed(conv: nn.Conv2d) -> None:
+    """Xavier-uniform on the patch convolution seen as a (D, C*p*p) matrix; bias untouched."""
+    nn.init.xavier_uniform_(conv.weight.data.view(conv.out_channels, -1))

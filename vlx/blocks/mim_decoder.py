@@ -1,0 +1,60 @@
+"""The light decoder of masked autoencoders."""
+
+from __future__ import annotations
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from vlx.blocks.init import xavier_init
+from vlx.ops.posembed import sincos_2d
+from vlx.ops.tokens import gather_tokens
+
+
+class MaskTokens(nn.Module):
+    """Projects encoded tokens and puts a learned token at every hidden place (MAE, sec. 3)."""
+
+    def __init__(self, encoder_dim: int, dim: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.embed = nn.Linear(encoder_dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(sincos_2d(grid, dim, 1)[None], requires_grad=False)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, prefix: Tensor, visible: Tensor, restore: Tensor) -> Tensor:
+        """prefix (B, 1, D), visible (B, K, D), restore (B, N). Returns (B, 1 + N, dim)."""
+        cls, visible = self.embed(torch.cat([prefix, visible], 1)).split(
+            [prefix.shape[1], visible.shape[1]], dim=1
+        )
+        batch, num_hidden = restore.shape[0], restore.shape[1] - visible.shape[1]
+        hidden = self.mask_token.to(visible.dtype).expand(batch, num_hidden, -1)
+        tokens = gather_tokens(torch.cat([visible, hidden], dim=1), restore)  # (B, N, dim)
+        return torch.cat([cls, tokens], dim=1) + self.pos_embed
+
+
+class MAEDecoder(nn.Module):
+    """Self-attention over visible and mask tokens, then pixels of every patch."""
+
+    def __init__(
+        self,
+        *,
+        encoder_dim: int,
+        grid: tuple[int, int],
+        patch_values: int,
+        dim: int,
+        depth: int,
+        heads: int,
+    ) -> None:
+        super().__init__()
+        self.tokens = MaskTokens(encoder_dim, dim, grid)
+        self.blocks = nn.ModuleList(Block(dim, heads, qkv_bias=True) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, patch_values)
+        xavier_init(self)
+
+    def forward(self, prefix: Tensor, visible: Tensor, restore: Tensor) -> Tensor:
+        """prefix (B, 1, D), visible (B, K, D), restore (B, N). Returns (B, N, patch_values)."""
+        x = self.tokens(prefix, visible, restore)  # (B, 1 + N, dim)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))[:, 1:]

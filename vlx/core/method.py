@@ -1,0 +1,140 @@
+"""The contract of a method: what it needs, what one step computes, what it exports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vlx.core import random
+from vlx.core.config import MethodConfig
+from vlx.core.fields import Batch, Needs
+
+if TYPE_CHECKING:
+    from vlx.core.capability import Capability
+
+
+@dataclass(slots=True)
+class StepOutput:
+    """What one step gives back."""
+
+    losses: dict[str, Tensor]
+    """Scalars, already weighted; the loop back-propagates the plain sum of all of them."""
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """Detached scalars, logged only."""
+
+
+@dataclass(slots=True)
+class StepContext:
+    """Where the run stands. Random draws of a step come from here and nowhere else."""
+
+    step: int
+    total_steps: int
+    steps_per_epoch: int
+    seed: int
+    sample_offset: int = 0
+    """Position of this batch's first sample in the step's global batch (rank, micro-batch)."""
+    stage: str = "train"
+    generator: torch.Generator | None = None
+    """Seeded from (seed, step, rank, micro-batch), on the step's device."""
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done, fractional."""
+        return self.step / self.steps_per_epoch
+
+    def uniform(self, like: Tensor, count: int, stream: str) -> Tensor:
+        """`(B, count)` float32 in [0, 1), one row per sample of `like (B, ...)`, on its device.
+
+        A row depends on (seed, step, position in the global batch, stream), so masks are the same
+        for any split of a batch over processes or micro-batches.
+        """
+        return random.uniform(self._keys(like, stream), count)
+
+    def normal(self, like: Tensor, count: int, stream: str) -> Tensor:
+        """`(B, count)` of N(0, 1), drawn as `uniform` draws."""
+        return random.normal(self._keys(like, stream), count)
+
+    def _keys(self, like: Tensor, stream: str) -> Tensor:
+        rows = torch.arange(like.shape[0], device=like.device) + self.sample_offset
+        return random.key(rows, self.seed, self.step, stream)
+
+
+@dataclass(slots=True)
+class ParamGroup:
+    """Parameters that share an optimizer setting; scales multiply the run's learning rate."""
+
+    name: str
+    params: list[tuple[str, nn.Parameter]]
+    lr_scale: float = 1.0
+    weight_decay: float | None = None
+    """None takes the run's weight decay."""
+
+
+class Builder(Protocol):
+    """Makes the parts that a recipe chooses, so that a method never sees the config tree."""
+
+    @property
+    def num_classes(self) -> int: ...
+
+    @property
+    def image_size(self) -> int: ...
+
+    def vision(self, role: str = "encoder", **architecture: Any) -> Any:
+        """A `VisionEncoder`; keywords fix what the paper fixes (position embedding, ...)."""
+        ...
+
+
+class Method(nn.Module):
+    """A paper's method. Subclasses set `Config` and their module sets `METHOD`."""
+
+    Config: ClassVar[type[MethodConfig]]
+
+    def __init__(self, cfg: Any, build: Builder) -> None:
+        super().__init__()
+        self.cfg = cfg
+
+    @classmethod
+    def needs(cls, cfg: Any) -> Needs:
+        """Fields and views that `step` reads, known before anything is built."""
+        raise NotImplementedError
+
+    def exports(self) -> tuple[Capability, ...]:
+        """What evaluators may use of the method."""
+        return ()
+
+
+class Trainable(Method):
+    """A method with a training step. It never calls backward, an optimizer, or `.item()`."""
+
+    couples_batch: ClassVar[bool] = False
+    """True when a loss term compares samples: plain gradient accumulation is then refused."""
+
+    def step(self, batch: Batch, ctx: StepContext) -> StepOutput:
+        """Losses of one batch; called through DDP, so everything trained must be used here."""
+        raise NotImplementedError
+
+    def param_groups(self) -> list[ParamGroup]:
+        """Trainable parameters in two groups: biases, norms and other 1-D tensors undecayed."""
+        named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        return [
+            ParamGroup("decay", [(name, p) for name, p in named if p.ndim >= 2]),
+            ParamGroup(
+                "no_decay", [(name, p) for name, p in named if p.ndim < 2], weight_decay=0.0
+            ),
+        ]
+
+    def layer_depths(self) -> dict[str, int]:
+        """Parameter-name prefix to depth, for layer-wise lr decay; empty when it has no layers."""
+        return {}
+
+    def begin_epoch(self, ctx: StepContext) -> None:
+        """Called before the first step of an epoch."""
+
+    def before_update(self, ctx: StepContext) -> None:
+        """Between backward and the optimizer: freeze a layer's gradient, clip per tensor."""
+
+    def after_step(self, ctx: StepContext) -> None:
+        """After the optimizer: momentum teachers, queues."""

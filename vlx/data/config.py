@@ -1,0 +1,44 @@
+"""What the recipe chooses of the data. Importable without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Resident(Enum):
+    """Whether the decoded images live on the device as uint8."""
+
+    auto = "auto"
+    always = "always"
+    never = "never"
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    source: str = "digits"
+    """Kind of source; `vlx data list` shows all."""
+    path: str | None = None
+    """Folder, file or URL of the data; not needed by embedded sources."""
+    train_split: str = "train"
+    """Split to train on, in the source's own words."""
+    test_split: str = "test"
+    """Split to evaluate on, in the source's own words."""
+    image_column: str = "image"
+    """Column (or file extension) that holds the image."""
+    label_column: str = "label"
+    """Column (or file extension) that holds the label."""
+    variant: str | None = None
+    """Which data set of a family of them: the class name for torchvision's data sets."""
+    download: bool = False
+    """Let torchvision download a data set that is not there."""
+    resident: Resident = Resident.auto
+    """Keep all images on the device: auto does where they have one size and fit."""
+    resident_limit_mb: int = 2048
+    """The most that `resident: auto` may take, in MiB."""
+    workers: int = 2
+    """Processes that read and decode, where the data is not resident; 0 reads in the main one."""
+    corrupt_limit: float = 0.01
+    """Share of unreadable samples, 0..1, past which the run stops."""
+    max_pixels: int = 178956970
+    """Images with more pixels than this count as unreadable (decompression bombs)."""

@@ -1,0 +1,51 @@
+"""Encoded images to uint8 RGB: one function, so that its semantics are pinned in one place."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image, ImageOps
+
+Image.MAX_IMAGE_PIXELS = None  # the limit is the caller's `max_pixels`, an error, not a warning
+
+
+def decode_image(data: bytes | np.ndarray, max_pixels: int = 178_956_970) -> np.ndarray:
+    """Encoded bytes to (H, W, 3) uint8 RGB, EXIF orientation applied.
+
+    The first frame of an animation; transparency is laid over white; CMYK and greyscale become
+    RGB; 16-bit greyscale is scaled to 8 bits. An array is checked and returned.
+
+    Raises:
+        ValueError: damaged or truncated data, or more than `max_pixels` pixels.
+    """
+    if isinstance(data, np.ndarray):
+        if data.dtype != np.uint8 or data.ndim != 3 or data.shape[2] != 3:
+            raise ValueError(f"image array must be (H, W, 3) uint8, got {data.shape} {data.dtype}")
+        return data
+    if not data:
+        raise ValueError("empty file")
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise ValueError(f"{width}x{height} is over the limit of {max_pixels} pixels")
+            image.load()
+            return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+    except ValueError:
+        raise
+    except Exception as error:  # PIL raises many kinds for damaged files
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode == "I":
+        values = np.asarray(image).astype(np.float64)
+        return Image.fromarray((values / 257.0).round().clip(0, 255).astype(np.uint8)).convert(
+            "RGB"
+        )
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,264 @@
+"""From a source to batches on the device, in an order that any step can be resumed at."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlx.core import random
+from vlx.core.errors import ConfigError, DataError, nearest
+from vlx.core.fields import Batch, Needs
+from vlx.data.config import DataConfig, Resident
+from vlx.data.host import BadSamples, Draw, HostBatch, read_batches
+from vlx.data.order import permute, replacement
+from vlx.data.source import Source
+from vlx.data.views import make_views
+
+log = logging.getLogger("vlx")
+_PROBED = 16  # samples read to see whether all images have one size
+_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of every global batch this process takes."""
+
+    batch_size: int
+    """Samples a step, over all processes and micro-batches."""
+    accumulate: int = 1
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size % (self.world * self.accumulate):
+            raise ConfigError(
+                f"train.batch_size={self.batch_size} does not divide over {self.world} processes "
+                f"x {self.accumulate} micro-batches (train.accumulate)"
+            )
+
+    @property
+    def micro(self) -> int:
+        """Samples of one micro-batch of one process."""
+        return self.batch_size // (self.world * self.accumulate)
+
+    def offset(self, micro_step: int) -> int:
+        """Position in the global batch of this process's micro-batch."""
+        return (micro_step * self.world + self.rank) * self.micro
+
+
+def check_fields(source: Source, needs: Needs) -> None:
+    """Raise `DataError` when the source lacks a field that the method reads."""
+    for name in needs.source_fields:
+        if name not in source.info.fields:
+            raise DataError(
+                f"the method needs the field '{name}'; {source.info.name} has "
+                f"{', '.join(source.info.fields)}. {nearest(name, source.info.fields, 1)}"
+            )
+
+
+class Residents:
+    """All images of a source on the device as uint8, indexed there."""
+
+    def __init__(self, source: Source, cfg: DataConfig, seed: int, device: torch.device) -> None:
+        self.num_samples = len(source)
+        self.bad = BadSamples(self.num_samples, cfg.corrupt_limit)
+        self.images: Tensor | None = None
+        labels = torch.full((self.num_samples,), -1)
+        self.readable = torch.ones(self.num_samples, dtype=torch.bool)
+        for index, batch in _read_all(source, cfg, seed):
+            for line in self.bad.add(batch.bad):
+                log.warning(line)
+            for missing, _, _ in batch.bad:
+                self.readable[missing] = False
+            if len(batch.sample_id) == 0:
+                continue
+            if self.images is None:
+                shape = (self.num_samples, *batch.images.shape[1:])
+                self.images = torch.zeros(shape, dtype=torch.uint8)
+            same = batch.images.shape[1:] == self.images.shape[1:]
+            side = torch.tensor(self.images.shape[-2:])
+            if not same or not bool((batch.sizes == side).all()):
+                raise DataError(
+                    f"data.resident=always needs images of one size; near sample {index} they "
+                    "differ. Use data.resident=never"
+                )
+            self.images[batch.sample_id] = batch.images
+            if batch.labels is not None:
+                labels[batch.sample_id] = batch.labels
+        if self.images is None:
+            raise DataError(f"no sample of {source.info.name} could be read")
+        self.images = self.images.to(device)
+        self.labels = labels.to(device) if "label" in source.info.fields else None
+
+    def resolve(self, indices: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+        """Indices with unreadable samples replaced as the streaming path replaces them."""
+        if not self.bad.reasons:
+            return indices
+        result = indices.copy()
+        for row, index in enumerate(indices.tolist()):
+            attempt = 0
+            while not self.readable[result[row]]:
+                result[row] = replacement(index, self.num_samples, seed, epoch, attempt)
+                attempt += 1
+        return result
+
+    def take(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Images, sizes and labels at `ids (B,)` on the device."""
+        assert self.images is not None
+        images = self.images[ids]
+        sizes = torch.tensor(images.shape[-2:], device=images.device).expand(len(ids), 2)
+        return images, sizes, None if self.labels is None else self.labels[ids]
+
+
+def _read_all(source: Source, cfg: DataConfig, seed: int) -> Iterator[tuple[int, HostBatch]]:
+    starts = range(0, len(source), _CHUNK)
+    draws = (Draw(np.arange(s, min(s + _CHUNK, len(source))), None) for s in starts)
+    yield from zip(starts, read_batches(source, cfg, seed, draws))
+
+
+def fits(source: Source, cfg: DataConfig) -> bool:
+    """Whether `resident: auto` would keep the source on the device."""
+    if cfg.resident is not Resident.auto:
+        return cfg.resident is Resident.always
+    probe = np.unique(np.linspace(0, len(source) - 1, _PROBED).astype(int))
+    batch = next(iter(read_batches(source, _in_process(cfg), 0, [Draw(probe, None)])))
+    if len(batch.sample_id) == 0 or not bool((batch.sizes == batch.sizes[0]).all()):
+        return False
+    return len(source) * batch.images[0].numel() <= cfg.resident_limit_mb << 20
+
+
+def _in_process(cfg: DataConfig) -> DataConfig:
+    return DataConfig(**{**vars(cfg), "workers": 0})
+
+
+class TrainPipeline:
+    """Batches of training, step by step; what a step holds depends on (seed, step) alone."""
+
+    def __init__(
+        self,
+        source: Source,
+        needs: Needs,
+        *,
+        cfg: DataConfig,
+        image_size: int,
+        seed: int,
+        share: Share,
+        device: torch.device,
+    ) -> None:
+        check_fields(source, needs)
+        self.source, self.needs, self.cfg = source, needs, cfg
+        self.image_size, self.seed, self.share, self.device = image_size, seed, share, device
+        self.steps_per_epoch = len(source) // share.batch_size
+        if self.steps_per_epoch == 0:
+            raise ConfigError(
+                f"train.batch_size={share.batch_size} is larger than the {len(source)} samples of "
+                f"{source.info.name}/{source.info.split}"
+            )
+        self.residents = Residents(source, cfg, seed, device) if fits(source, cfg) else None
+        self.bad = (
+            self.residents.bad if self.residents else BadSamples(len(source), cfg.corrupt_limit)
+        )
+
+    def indices(self, step: int, micro_step: int) -> np.ndarray:
+        """Sample indices of one micro-batch of this process."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        start = within * self.share.batch_size + self.share.offset(micro_step)
+        positions = np.arange(start, start + self.share.micro)
+        return permute(positions, len(self.source), self.seed, epoch)
+
+    def batches(self, start_step: int, total_steps: int) -> Iterator[Batch]:
+        """Micro-batches on the device, `accumulate` of them a step."""
+        plan = (
+            (step, micro)
+            for step in range(start_step, total_steps)
+            for micro in range(self.share.accumulate)
+        )
+        if self.residents is not None:
+            for step, micro in plan:
+                yield self._resident_batch(self.residents, step, micro)
+            return
+        draws = (Draw(self.indices(s, m), s // self.steps_per_epoch) for s, m in plan)
+        pin = self.device.type == "cuda"
+        for host in read_batches(self.source, self.cfg, self.seed, draws, pin):
+            for line in self.bad.add(host.bad):
+                log.warning(line)
+            yield self._views(*_to_device(host, self.device), host.epoch or 0)
+
+    def _resident_batch(self, residents: Residents, step: int, micro: int) -> Batch:
+        epoch = step // self.steps_per_epoch
+        indices = residents.resolve(self.indices(step, micro), self.seed, epoch)
+        ids = torch.from_numpy(indices).to(self.device)
+        images, sizes, labels = residents.take(ids)
+        return self._views(images, sizes, ids, labels, epoch)
+
+    def _views(
+        self, images: Tensor, sizes: Tensor, ids: Tensor, labels: Tensor | None, epoch: int
+    ) -> Batch:
+        keys = random.key(ids, self.seed, epoch)
+        batch = make_views(images, sizes, keys, self.needs.views, self.image_size)
+        batch["sample_id"] = ids
+        if labels is not None and any(f.name == "label" for f in self.needs.fields):
+            batch["label"] = labels
+        return batch
+
+
+def _to_device(
+    host: HostBatch, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    labels = None if host.labels is None else host.labels.to(device, non_blocking=True)
+    return (
+        host.images.to(device, non_blocking=True),
+        host.sizes.to(device, non_blocking=True),
+        host.sample_id.to(device, non_blocking=True),
+        labels,
+    )
+
+
+class EvalPipeline:
+    """Every readable sample once, in order, under a deterministic view."""
+
+    def __init__(
+        self,
+        source: Source,
+        needs: Needs,
+        *,
+        cfg: DataConfig,
+        image_size: int,
+        batch_size: int,
+        device: torch.device,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        check_fields(source, needs)
+        self.source, self.needs, self.cfg = source, needs, cfg
+        self.image_size, self.batch_size, self.device = image_size, batch_size, device
+        self.rank, self.world = rank, world
+        self.bad = BadSamples(len(source), cfg.corrupt_limit)
+
+    def batches(self) -> Iterator[Batch]:
+        """Batches of this process's share, with `sample_id` and, where there are any, `label`.
+
+        Every process yields equally many batches; the last ones may repeat samples of the share.
+        """
+        rounds = -(-len(self.source) // (self.batch_size * self.world))
+        starts = [(r * self.world + self.rank) * self.batch_size for r in range(rounds)]
+        draws = (
+            Draw(np.arange(s, s + self.batch_size).clip(max=len(self.source) - 1), None)
+            if s >= len(self.source)
+            else Draw(np.arange(s, min(s + self.batch_size, len(self.source))), None)
+            for s in starts
+        )
+        for host in read_batches(self.source, self.cfg, 0, draws):
+            for line in self.bad.add(host.bad):
+                log.warning(line)
+            images, sizes, ids, labels = _to_device(host, self.device)
+            batch = make_views(images, sizes, ids, self.needs.views, self.image_size)
+            batch["sample_id"] = ids
+            if labels is not None:
+                batch["label"] = labels
+            yield batch

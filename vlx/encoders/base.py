@@ -1,0 +1,94 @@
+"""What every vision encoder offers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from vlx.core.capability import ImageFeatures
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """Sizes that a method builds on."""
+
+    dim: int
+    depth: int
+    heads: int
+    patch_size: int
+    image_size: int
+    num_prefix: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches as (rows, columns)."""
+        side = self.image_size // self.patch_size
+        return side, side
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass
+class EncoderOut:
+    """Output tokens after the final norm, and the layers that were asked for."""
+
+    tokens: Tensor
+    """(B, N or K, D) patch tokens."""
+    prefix: Tensor
+    """(B, P, D) class and register tokens."""
+    layers: dict[int, Tensor] = field(default_factory=dict)
+    """Block number (1 = first) to its output (B, P + N, D), before the final norm."""
+
+
+class VisionEncoder(nn.Module):
+    """Images in 0..1 to tokens; normalises with its own statistics."""
+
+    spec: EncoderSpec
+
+    def set_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Make mean and std buffers that are not saved: they are configuration, not weights."""
+        self.register_buffer("mean", torch.tensor(list(mean)).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(list(std)).view(1, -1, 1, 1), persistent=False)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in 0..1 to the encoder's input scale."""
+        return (images - self.mean) / self.std  # type: ignore[operator]
+
+    def denormalise(self, images: Tensor) -> Tensor:
+        """The inverse of `normalise`."""
+        return images * self.std + self.mean  # type: ignore[operator]
+
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        keep: Tensor | None = None,
+        layers: Sequence[int] = (),
+        normalised: bool = False,
+    ) -> EncoderOut:
+        """images: (B, 3, H, W), 0..1 unless `normalised`. keep: (B, K) indices of visible patches.
+
+        layers: block numbers (1 = first) whose outputs to return.
+        """
+        raise NotImplementedError
+
+
+class EncoderFeatures(ImageFeatures):
+    """Features of an encoder: the mean of its final patch tokens (class token excluded)."""
+
+    def __init__(self, encoder: VisionEncoder) -> None:
+        self.encoder = encoder
+
+    def image_features(self, images: Tensor) -> Tensor:
+        return self.encoder(images).tokens.mean(dim=1)
+
+    def patch_features(self, images: Tensor) -> Tensor:
+        tokens = self.encoder(images).tokens  # (B, N, D)
+        return tokens.transpose(1, 2).unflatten(2, self.encoder.spec.grid)

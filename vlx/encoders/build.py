@@ -1,0 +1,45 @@
+"""Builds the encoders that a recipe chose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from vlx.core.errors import ConfigError
+from vlx.encoders.base import VisionEncoder
+from vlx.encoders.checkpoint import load_encoder
+from vlx.encoders.config import EncoderConfig, PosEmbed
+from vlx.encoders.timm_vit import TimmVit
+
+
+class EncoderBuilder:
+    """Implements `core.method.Builder` from configs by role ("encoder", "teacher")."""
+
+    def __init__(
+        self, roles: Mapping[str, EncoderConfig | None], num_classes: int, load_weights: bool = True
+    ) -> None:
+        self.roles = dict(roles)
+        self.num_classes = num_classes
+        self.load_weights = load_weights
+
+    @property
+    def image_size(self) -> int:
+        encoder = self.roles["encoder"]
+        assert encoder is not None
+        return encoder.image_size
+
+    def vision(self, role: str = "encoder", **architecture: Any) -> VisionEncoder:
+        """The encoder of a role; keywords (`pos_embed="sincos"`) fix what the paper fixes."""
+        cfg = self.roles.get(role)
+        if cfg is None:
+            raise ConfigError(
+                f"the method needs an encoder as '{role}': set {role}.name (a timm ViT)"
+            )
+        if "pos_embed" in architecture:
+            architecture["pos_embed"] = PosEmbed(architecture["pos_embed"])
+        cfg = replace(cfg, **architecture)
+        encoder = TimmVit(cfg)
+        if cfg.checkpoint and self.load_weights:
+            load_encoder(encoder.vit, cfg.checkpoint)
+        return encoder

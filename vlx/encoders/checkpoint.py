@@ -1,0 +1,84 @@
+"""Encoder weights from vlx runs, official files and timm files, with a strict report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from vlx.core.errors import CheckpointError
+
+# Keys of published files that are not the encoder's: decoders, heads, momentum copies.
+_NOT_ENCODER = ("decoder", "mask_token", "head.", "fc_norm.", "mimic", "teacher.", "momentum")
+_PREFIXES = ("encoder.vit.", "vit.", "module.", "backbone.", "encoder.")
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The state dict of a file or a vlx run directory; pickles are read with `weights_only`."""
+    file = Path(path).expanduser()
+    if file.is_dir():
+        file = _weights_of_run(file)
+    if not file.is_file():
+        raise CheckpointError(
+            f"no checkpoint at {path}: give a run directory, .safetensors or .pth"
+        )
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"cannot read {file}: {reason}") from error
+    for key in ("model", "state_dict", "teacher"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise CheckpointError(f"{file} holds no state dict (a mapping of names to tensors)")
+    return state
+
+
+def _weights_of_run(run: Path) -> Path:
+    """The newest complete checkpoint's weights of a run or checkpoint directory."""
+    if (run / "model.safetensors").is_file():
+        return run / "model.safetensors"
+    complete = sorted(m.parent for m in run.glob("checkpoints/step-*/manifest.json"))
+    if not complete:
+        raise CheckpointError(
+            f"{run} holds no complete checkpoint (checkpoints/step-*/manifest.json)"
+        )
+    return complete[-1] / "model.safetensors"
+
+
+def encoder_state(state: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
+    """The entries of `state` under the encoder's own `names`, whatever prefix they carry."""
+    for prefix in ("", *_PREFIXES, "module.encoder.", "encoder.encoder."):
+        found = {
+            key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)
+        }
+        if names & found.keys():
+            return {
+                key: value
+                for key, value in found.items()
+                if key in names or not key.startswith(_NOT_ENCODER)
+            }
+    return {}
+
+
+def load_encoder(encoder: nn.Module, path: str | Path) -> None:
+    """Load `path` into timm's ViT, strictly; a mismatch loads nothing and names the keys."""
+    own = encoder.state_dict()
+    state = encoder_state(read_weights(path), set(own))
+    missing = sorted(own.keys() - state.keys())
+    unexpected = sorted(state.keys() - own.keys())
+    reshaped = [
+        f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
+        for key in sorted(own.keys() & state.keys())
+        if state[key].shape != own[key].shape
+    ]
+    if missing or unexpected or reshaped:
+        parts = (("missing", missing), ("unexpected", unexpected), ("reshaped", reshaped))
+        report = "; ".join(f"{len(k)} {what}: {', '.join(k[:3])}" for what, k in parts if k)
+        raise CheckpointError(f"{path} does not fit the encoder, nothing was loaded. {report}")
+    encoder.load_state_dict(state)

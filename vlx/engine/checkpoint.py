@@ -1,0 +1,209 @@
+"""Checkpoints that a kill at any instant cannot damage.
+
+A checkpoint is a folder `checkpoints/step-00000123/`: safetensors for every tensor, JSON for the
+rest, and `manifest.json` with sizes and digests, written last. It is made under a temporary name,
+synced to disk and renamed; older ones are removed only after the new one is in place.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vlx.core.errors import CheckpointError
+
+FORMAT = 1
+_TMP = ".tmp-"
+
+
+@dataclass
+class Snapshot:
+    """Everything a checkpoint holds, on the host, as full tensors."""
+
+    step: int
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    """`<parameter name>/<state key>` to tensor."""
+    ema: dict[str, Tensor]
+    state: dict[str, Any]
+    """Plain JSON: step, config hash, slug, skipped steps, scaler, best metric ..."""
+
+
+def save(directory: Path, snapshot: Snapshot) -> Path:
+    """Write `directory/step-N` atomically and return it; `CheckpointError` when it cannot."""
+    final = directory / f"step-{snapshot.step:08d}"
+    tmp = directory / f"{_TMP}{final.name}-{os.getpid()}"
+    try:
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
+        for name, tensors in _parts(snapshot).items():
+            save_file({key: value.contiguous() for key, value in tensors.items()}, tmp / name)
+        (tmp / "state.json").write_text(json.dumps({"format": FORMAT, **snapshot.state}, indent=1))
+        manifest = {file.name: _digest(file) for file in sorted(tmp.iterdir())}
+        for file in tmp.iterdir():
+            _sync(file)
+        (tmp / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        _sync(tmp / "manifest.json")
+        _sync(tmp)
+        if final.exists():
+            shutil.rmtree(final)
+        os.rename(tmp, final)
+        _sync(directory)
+    except OSError as error:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise CheckpointError(_explain(error, directory)) from error
+    except Exception as error:  # safetensors reports a full disk as its own error
+        shutil.rmtree(tmp, ignore_errors=True)
+        if "os error 28" in str(error) or "No space" in str(error):
+            raise CheckpointError(_explain(OSError(errno.ENOSPC, ""), directory)) from error
+        raise
+    return final
+
+
+def _parts(snapshot: Snapshot) -> dict[str, dict[str, Tensor]]:
+    parts = {"model.safetensors": snapshot.model, "optimizer.safetensors": snapshot.optimizer}
+    if snapshot.ema:
+        parts["ema.safetensors"] = snapshot.ema
+    return parts
+
+
+def _explain(error: OSError, directory: Path) -> str:
+    if error.errno == errno.ENOSPC:
+        return (
+            f"no space left on the disk of {directory}; the last good checkpoint is kept. "
+            "Free some and type `vlx resume` with the run's directory"
+        )
+    return f"cannot write a checkpoint to {directory}: {error.strerror or error}"
+
+
+def _digest(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"bytes": file.stat().st_size, "sha256": digest}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_complete(checkpoint: Path, *, digests: bool = False) -> bool:
+    """Whether every file of the manifest is there with its size (and its digest)."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        for name, expected in manifest.items():
+            file = checkpoint / name
+            if file.stat().st_size != expected["bytes"]:
+                return False
+            if digests and _digest(file) != expected:
+                return False
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return True
+
+
+def complete(directory: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return [p for p in sorted(directory.glob("step-*")) if is_complete(p)]
+
+
+def latest(directory: Path) -> Path | None:
+    """The newest checkpoint whose contents match their digests."""
+    for checkpoint in reversed(complete(directory)):
+        if is_complete(checkpoint, digests=True):
+            return checkpoint
+    return None
+
+
+def load(checkpoint: Path) -> Snapshot:
+    """Read a checkpoint; a damaged or foreign one raises `CheckpointError`."""
+    if not is_complete(checkpoint, digests=True):
+        raise CheckpointError(f"{checkpoint} is incomplete or damaged")
+    state = json.loads((checkpoint / "state.json").read_text())
+    if state.pop("format", None) != FORMAT:
+        raise CheckpointError(
+            f"{checkpoint} has a format other than {FORMAT}; this vlx cannot read it"
+        )
+    ema = checkpoint / "ema.safetensors"
+    return Snapshot(
+        step=state["step"],
+        model=load_file(checkpoint / "model.safetensors"),
+        optimizer=load_file(checkpoint / "optimizer.safetensors"),
+        ema=load_file(ema) if ema.exists() else {},
+        state=state,
+    )
+
+
+def check_keys(own: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    """Raise `CheckpointError` listing missing, unexpected and reshaped tensors, if any."""
+    reshaped = [k for k in own.keys() & saved.keys() if own[k].shape != saved[k].shape]
+    problems = {
+        "missing": sorted(own.keys() - saved.keys()),
+        "unexpected": sorted(saved.keys() - own.keys()),
+        "reshaped": sorted(reshaped),
+    }
+    report = [f"{len(k)} {what} ({', '.join(k[:3])})" for what, k in problems.items() if k]
+    if report:
+        raise CheckpointError(f"the checkpoint does not fit the method: {'; '.join(report)}")
+
+
+def prune(directory: Path, keep_last: int, best: str | None = None) -> None:
+    """Remove all but the newest checkpoints and the best one, and what killed saves left."""
+    kept = {p.name for p in complete(directory)[-keep_last:]} | ({best} if best else set())
+    for path in directory.iterdir():
+        if path.name not in kept and path.name.startswith(("step-", _TMP)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Optimizer state by `<parameter name>/<key>`, full tensors on the host.
+
+    Under FSDP this gathers shards: every process must call it.
+    """
+    tensors = {}
+    for group in optimizer.param_groups:
+        for name, param in zip(group["names"], group["params"]):
+            for key, value in optimizer.state.get(param, {}).items():
+                if value is not None:
+                    tensors[f"{name}/{key}"] = full(torch.as_tensor(value))
+    return tensors
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Restore what `optimizer_tensors` gave, onto the parameters' devices and shards."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    for group in optimizer.param_groups:
+        for name, param in zip(group["names"], group["params"]):
+            prefix = name + "/"
+            saved = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+            for key, value in saved.items():
+                if value.shape == param.shape and key != "step":
+                    value = value.to(param.device)
+                    if isinstance(param, DTensor):
+                        value = distribute_tensor(value, param.device_mesh, param.placements)
+                elif param.is_cuda and group.get("fused"):
+                    value = value.to(param.device)
+                optimizer.state[param][key] = value
+
+
+def full(tensor: Tensor) -> Tensor:
+    """A detached copy on the host, gathered when sharded."""
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
+    return tensor.detach().to("cpu", copy=True)

@@ -1,0 +1,193 @@
+"""The whole configuration of a run. Importable without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from vlx.core.errors import ConfigError
+from vlx.data.config import DataConfig
+from vlx.encoders.config import EncoderConfig
+from vlx.evals.config import EvalConfig
+from vlx.track.config import TrackConfig
+
+
+class Optimizer(Enum):
+    adamw = "adamw"
+    sgd = "sgd"
+    lars = "lars"
+    lamb = "lamb"
+
+
+class Schedule(Enum):
+    cosine = "cosine"
+    step = "step"
+    wsd = "wsd"
+    constant = "constant"
+
+
+class Per(Enum):
+    """How often the schedule moves."""
+
+    step = "step"
+    epoch = "epoch"
+
+
+class Precision(Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Device(Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Launcher(Enum):
+    local = "local"
+    torchrun = "torchrun"
+
+
+class Strategy(Enum):
+    """How several processes share a model."""
+
+    ddp = "ddp"
+    fsdp = "fsdp"
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    name: Optimizer = Optimizer.adamw
+    """adamw, sgd, lars or lamb."""
+    base_lr: float | None = 1.5e-4
+    """Learning rate for a batch of 256; the rate used is base_lr x batch_size / 256."""
+    lr: float | None = None
+    """Absolute learning rate; overrides base_lr."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """Adam's and LAMB's moment decays."""
+    momentum: float = 0.9
+    """Of sgd and lars."""
+    weight_decay: float = 0.05
+    """Decoupled for adamw and lamb; none on biases, norms and other 1-D tensors."""
+    layer_decay: float | None = None
+    """Factor on the learning rate from each layer to the one before it, 0..1; null is none."""
+    clip_norm: float | None = None
+    """Largest global gradient norm; null does not clip."""
+
+    def __post_init__(self) -> None:
+        if self.lr is None and self.base_lr is None:
+            raise ConfigError("optim.lr and optim.base_lr are both null: set one")
+
+
+@dataclass(kw_only=True)
+class ScheduleConfig:
+    name: Schedule = Schedule.cosine
+    """cosine, step, wsd (warm-up, stable, decay) or constant."""
+    per: Per = Per.step
+    """Move every step or once an epoch."""
+    warmup_epochs: float = 0.0
+    """Linear warm-up from 0, in epochs."""
+    warmup_steps: int | None = None
+    """Linear warm-up in steps; overrides warmup_epochs."""
+    min_lr: float = 0.0
+    """Learning rate at the end of cosine and wsd, absolute."""
+    milestones: list[float] = field(default_factory=lambda: [0.6, 0.8])
+    """step: shares of the run, 0..1, at which the rate is multiplied by gamma."""
+    gamma: float = 0.1
+    """step: the factor at each milestone."""
+    decay_share: float = 0.2
+    """wsd: share of the run spent decaying."""
+    weight_decay_end: float | None = None
+    """Weight decay moves to this by a half-cosine; null keeps it."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    epochs: float | None = None
+    """Length of the run in epochs; give this or steps."""
+    steps: int | None = 100
+    """Length of the run in optimizer steps; overrides epochs."""
+    batch_size: int = 256
+    """Samples of one optimizer step, over all processes and micro-batches."""
+    accumulate: int = 1
+    """Micro-batches of one step."""
+    precision: Precision = Precision.fp32
+    """fp32, bf16 or fp16 autocast."""
+    compile: bool = False
+    """Compile the step with torch.compile."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the weights; null keeps none."""
+    device: Device = Device.auto
+    """auto takes a GPU where there is one."""
+    deterministic: bool = False
+    """Only deterministic kernels; an operation without one is an error."""
+    log_every: int = 10
+    """Steps between records of metrics.jsonl."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints; null saves at the end of every epoch, at most once a minute."""
+    keep_last: int = 2
+    """Checkpoints kept, newest first."""
+    keep_best: str | None = None
+    """Also keep the checkpoint with the highest value of this evaluation metric."""
+    max_skipped_steps: int = 3
+    """Steps in a row whose loss or gradient is not finite, after which the run stops."""
+    threads: int | None = None
+    """CPU threads of a process; null leaves torch's choice, divided over local processes."""
+
+    def __post_init__(self) -> None:
+        if self.steps is None and self.epochs is None:
+            raise ConfigError("train.steps and train.epochs are both null: set one")
+        for key in ("batch_size", "accumulate", "log_every", "keep_last"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"train.{key} must be at least 1, got {getattr(self, key)}")
+
+
+@dataclass(kw_only=True)
+class LauncherConfig:
+    name: Launcher = Launcher.local
+    """local: this process. torchrun: `processes` of them, with torchrun's environment."""
+    processes: int = 1
+    """Processes on this machine."""
+    nodes: int = 1
+    """Machines; start the same command on each with its node_rank."""
+    node_rank: int = 0
+    """This machine's number, from 0."""
+    address: str = "127.0.0.1"
+    """Address of machine 0."""
+    port: int = 0
+    """Port on machine 0; 0 picks a free one (one machine only)."""
+    strategy: Strategy = Strategy.ddp
+    """ddp, or fsdp: parameters sharded over the processes (FSDP2)."""
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """One run, as `config.yaml` in its directory holds it."""
+
+    command: str = "pretrain-mim"
+    """The vlx command."""
+    slug: str = "???"
+    """The method."""
+    preset: str = "tiny"
+    """Name of the preset that the run started from."""
+    method: Any = None
+    """The method's own keys; `vlx show METHOD` lists them."""
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    teacher: EncoderConfig | None = None
+    """A second, frozen encoder, for methods that have one."""
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+    seed: int = 0
+    """Seed of everything random."""
+    runs_dir: str = "runs"
+    """Folder in which run directories are made."""
+    name: str | None = None
+    """Name of the run directory; null makes one from time, method and seed."""

@@ -1,0 +1,64 @@
+"""Runs evaluators on what a method exports and files their numbers and pictures."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlx.core.results import Metric
+from vlx.evals.base import EvalData, Subject
+from vlx.evals.registry import evaluator
+
+log = logging.getLogger("vlx")
+
+
+@dataclass
+class Outcome:
+    """Metrics in the form of `results.json`, and the files of pictures."""
+
+    metrics: list[Metric]
+    pictures: list[Path]
+
+
+def run_evaluators(
+    names: list[str],
+    subject: Subject,
+    data: EvalData,
+    *,
+    weights: str,
+    pictures_dir: Path | None,
+    main: bool = True,
+) -> Outcome:
+    """Run those of `names` that the subject and the data allow; say why the others did not run."""
+    metrics: list[Metric] = []
+    pictures: list[Path] = []
+    for name in names:
+        chosen = evaluator(name)
+        lacking = [kind.__name__ for kind in chosen.requires if not subject.has(kind)]
+        if lacking:
+            log.info(f"{name} not run: it needs {lacking[0]}, which {subject.name} does not export")
+            continue
+        if chosen.needs_labels and not data.source("test").info.num_classes:
+            log.info(f"{name} not run: {data.source('test').info.name} has no labels")
+            continue
+        found = chosen.run(subject, data)
+        metrics += [
+            Metric(
+                name=f"{name}/{key}",
+                value=value,
+                unit=found.unit,
+                split=found.split,
+                num_samples=found.num_samples,
+                protocol=f"{chosen.name}@{chosen.version}",
+                weights=weights,
+            )
+            for key, value in found.metrics.items()
+        ]
+        if pictures_dir is not None and main:
+            pictures_dir.mkdir(exist_ok=True)
+            for title, picture in found.pictures.items():
+                file = pictures_dir / f"{title}-{weights}.png"
+                picture.save(file)
+                pictures.append(file)
+    return Outcome(metrics, pictures)

@@ -1,0 +1,152 @@
+"""Devices, precision and processes, on accelerate; sharding by torch's own FSDP2."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from vlx.core.errors import ConfigError
+from vlx.core.fields import Batch
+from vlx.core.method import StepContext, Trainable
+from vlx.engine.config import Device, LauncherConfig, Precision, Strategy, TrainConfig
+
+
+class StepModule(nn.Module):
+    """What is wrapped for several processes: its forward is the method's step."""
+
+    def __init__(self, method: Trainable) -> None:
+        super().__init__()
+        self.method = method
+
+    def forward(
+        self, batch: Batch, ctx: StepContext
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        out = self.method.step(batch, ctx)
+        return out.losses, out.metrics
+
+
+class Parallel:
+    """This process's device and its place among the others."""
+
+    def __init__(self, train: TrainConfig, launcher: LauncherConfig) -> None:
+        on_cpu = train.device is Device.cpu or not torch.cuda.is_available()
+        if train.device is Device.cuda and on_cpu:
+            raise ConfigError("train.device=cuda, but torch sees no GPU: type `vlx doctor`")
+        if train.precision is Precision.fp16 and on_cpu:
+            raise ConfigError("train.precision=fp16 needs a GPU; use train.precision=bf16")
+        if not dist.is_initialized():  # a second run in one process may choose another precision
+            AcceleratorState._reset_state(reset_partial_state=True)
+        self.accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision={Precision.fp32: "no"}.get(train.precision, train.precision.value),
+        )
+        self.strategy = launcher.strategy
+        self.device: torch.device = self.accelerator.device
+        self.rank: int = self.accelerator.process_index
+        self.world: int = self.accelerator.num_processes
+        self.scaled = self.accelerator.scaler is not None
+        set_threads(train.threads, launcher.processes)
+        torch.use_deterministic_algorithms(train.deterministic)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def wrap(self, method: Trainable, compile_blocks: bool) -> nn.Module:
+        """The module to call for a step. Build optimizers after this: sharding swaps parameters."""
+        method.to(self.device)
+        module: nn.Module = StepModule(method)
+        if compile_blocks:
+            for block in transformer_blocks(method):
+                block.compile()
+        if self.world > 1 and self.strategy is Strategy.fsdp:
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+
+            mesh = init_device_mesh(self.device.type, (self.world,))
+            for block in transformer_blocks(method):
+                fully_shard(block, mesh=mesh)
+            fully_shard(module, mesh=mesh)  # in place
+            return module
+        if self.world > 1:
+            return self.accelerator.prepare_model(module)
+        return module
+
+    def accumulate_locally(self, module: nn.Module, last: bool) -> AbstractContextManager[Any]:
+        """Hold back the gradient exchange until the last micro-batch of a step."""
+        if self.world == 1:
+            return nullcontext()
+        if self.strategy is Strategy.fsdp:
+            module.set_requires_gradient_sync(last)  # type: ignore[operator]
+            return nullcontext()
+        return nullcontext() if last else self.accelerator.no_sync(module)
+
+    @contextmanager
+    def whole(self, module: nn.Module) -> Iterator[None]:
+        """Make sharded parameters outside the blocks usable without the module's own forward."""
+        sharded = self.world > 1 and self.strategy is Strategy.fsdp
+        if sharded:
+            module.unshard()  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            if sharded:
+                module.reshard()  # type: ignore[operator]
+
+    def clip(self, params: list[nn.Parameter], max_norm: float | None) -> Tensor:
+        """Scale gradients down to a global norm; returns the norm that they had."""
+        norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        if max_norm is not None:
+            nn.utils.clip_grads_with_norm_(params, max_norm, norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over processes."""
+        if self.world == 1:
+            return values
+        values = values.clone()
+        dist.all_reduce(values)
+        return values / self.world
+
+    def flags(self, *flags: bool) -> list[bool]:
+        """Each flag, True on every process when it is True on one: one exchange for all."""
+        if self.world == 1:
+            return list(flags)
+        values = torch.tensor([float(flag) for flag in flags], device=self.device)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return [bool(value) for value in values.tolist()]
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def set_threads(threads: int | None, local_processes: int) -> None:
+    """CPU threads of this process: as asked, or the cores shared among local processes."""
+    if threads is None and local_processes > 1 and "OMP_NUM_THREADS" not in os.environ:
+        threads = max(1, len(os.sched_getaffinity(0)) // local_processes)
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def transformer_blocks(module: nn.Module) -> list[nn.Module]:
+    """Members of every list called `blocks`: what is compiled and sharded piece by piece."""
+    return [
+        block
+        for name, part in module.named_modules()
+        if name.rsplit(".", 1)[-1] == "blocks" and isinstance(part, (nn.Sequential, nn.ModuleList))
+        for block in part
+    ]

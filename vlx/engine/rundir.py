@@ -1,0 +1,139 @@
+"""The run directory: what is in it, who writes it, and which state the run is in."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from vlx.core.errors import VlxError
+from vlx.core.files import write_json
+
+RUN_FILE = "run.json"
+CONFIG_FILE = "config.yaml"
+STATES = ("created", "running", "finished", "interrupted", "failed")
+# Keys that may differ between two runs whose numbers are comparable, and may change on resume.
+HARMLESS_KEYS = (
+    "runs_dir",
+    "name",
+    "track",
+    "launcher",
+    "data.workers",
+    "train.log_every",
+    "train.threads",
+    "train.checkpoint_every",
+    "train.keep_last",
+)
+
+
+@dataclass(kw_only=True)
+class RunRecord:
+    """`run.json`: where a run came from and how it stands."""
+
+    schema_version: int = 1
+    id: str
+    command: str
+    method: str
+    preset: str
+    seed: int
+    argv: list[str]
+    overrides: list[str]
+    config_hash: str
+    commit: str
+    versions: dict[str, str]
+    created: str
+    state: str = "created"
+    step: int = 0
+    total_steps: int = 0
+    message: str = ""
+    sweep: str | None = None
+    wandb_id: str = field(default_factory=lambda: secrets.token_hex(4))
+
+    def write(self, run_dir: Path) -> None:
+        write_json(run_dir / RUN_FILE, asdict(self))
+
+
+def read_record(run_dir: Path) -> RunRecord:
+    """`run.json` of a run directory; raises `VlxError` for a directory that is none."""
+    try:
+        return RunRecord(**json.loads((run_dir / RUN_FILE).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        text = f"{run_dir} is not a run directory (no {RUN_FILE}). `vlx runs` lists runs"
+        raise VlxError(text) from None
+    except (OSError, ValueError, TypeError) as error:
+        raise VlxError(f"{run_dir / RUN_FILE} is not a run of vlx: {error}") from error
+
+
+def now() -> str:
+    """UTC, ISO 8601, whole seconds."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def config_hash(config: dict[str, Any]) -> str:
+    """Digest of everything in a config that can change a number; 12 hex digits."""
+    flat = {k: v for k, v in flatten(config).items() if not is_harmless(k)}
+    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def is_harmless(key: str) -> bool:
+    """Whether a dotted key may change on resume."""
+    return any(key == free or key.startswith(free + ".") for free in HARMLESS_KEYS)
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys; lists stay values."""
+    if not isinstance(config, dict):
+        return {prefix: config}
+    result: dict[str, Any] = {}
+    for key, value in config.items():
+        result.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
+    return result
+
+
+def make_run_dir(runs_dir: str, name: str | None, slug: str, seed: int) -> Path:
+    """A new directory; an existing one, or an unwritable parent, raises `VlxError`."""
+    root = Path(runs_dir).expanduser()
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    names = (
+        [name]
+        if name
+        else [f"{stamp}-{slug}-s{seed}", *(f"{stamp}-{slug}-s{seed}-{i}" for i in range(2, 100))]
+    )
+    for candidate in names:
+        path = root / candidate
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise VlxError(f"cannot make {path}: {error.strerror}. Set runs_dir=DIR") from error
+    raise VlxError(f"{root / names[0]} exists. `vlx resume` goes on with it; or choose name=OTHER")
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold the run directory; a second process on it raises `VlxError` at once.
+
+    The kernel frees the lock when a process dies, so a killed run leaves none behind.
+    """
+    try:
+        descriptor = os.open(run_dir / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+    except OSError as error:
+        raise VlxError(f"cannot write in {run_dir}: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise VlxError(f"{run_dir} is in use by another process") from None
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,26 @@
+"""Evaluators by name, imported when used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from vlx.core.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from vlx.evals.base import Evaluator
+
+# name -> (module, class, what it measures)
+EVALUATORS: dict[str, tuple[str, str, str]] = {
+    "knn": ("knn", "Knn", "k-nearest-neighbour accuracy of frozen features"),
+    "linear-probe": ("probe", "LinearProbe", "logistic regression on frozen features"),
+    "reconstruction": ("reconstruction", "ReconstructionGrid", "a picture of repainted images"),
+}
+
+
+def evaluator(name: str) -> Evaluator:
+    """The evaluator of a name; an unknown one raises `ConfigError` with the nearest."""
+    if name not in EVALUATORS:
+        raise ConfigError(f"no evaluation '{name}'. {nearest(name, EVALUATORS)}")
+    module, cls, _ = EVALUATORS[name]
+    return getattr(importlib.import_module(f"vlx.evals.{module}"), cls)()

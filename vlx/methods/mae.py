@@ -1,0 +1,124 @@
+"""MAE: masked autoencoders are scalable vision learners (He et al., CVPR 2022).
+
+A ViT encodes a random quarter of an image's patches; a light decoder, which sees them and a
+learned token at every hidden place, repaints the hidden pixels.
+
+B batch, N patches, K kept, D width, P = patch_size**2 * 3 values of a patch.
+Departures: mask ratios that keep no patch, or all, are refused (the official code returns NaN).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from vlx.blocks.init import xavier_init, xavier_init_patch_embed
+from vlx.blocks.mim_decoder import MAEDecoder
+from vlx.core.capability import Capability, Reconstruction
+from vlx.core.config import MethodConfig
+from vlx.core.fields import Batch, Needs, ViewSpec
+from vlx.core.method import Builder, StepContext, StepOutput, Trainable
+from vlx.core.paper import Paper
+from vlx.encoders.base import EncoderFeatures
+from vlx.ops.augment import HorizontalFlip, RandomResizedCrop
+from vlx.ops.masking import random_masking
+from vlx.ops.patches import patchify, unpatchify, upsample_mask
+from vlx.ops.targets import masked_patch_mse, norm_pix, patch_statistics
+
+PAPER = Paper(
+    number=0,
+    slug="mae",
+    title="Masked Autoencoders Are Scalable Vision Learners",
+    year=2022,
+    venue="CVPR",
+    url="https://arxiv.org/abs/2111.06377",
+    family="masked",
+    commands=("pretrain-mim",),
+    modalities=("image",),
+    trainable_params=111_655_680,
+    gmacs=9.78,
+)
+
+
+@dataclass(kw_only=True)
+class MaeConfig(MethodConfig):
+    mask_ratio: float = 0.75
+    """Share of patches hidden, 0..1. Paper section 4.1: 0.75."""
+    norm_pix_loss: bool = True
+    """Predict each patch with its own mean and deviation removed. On in the published weights."""
+    decoder_dim: int = 512
+    """Width of the decoder. Paper table 1b: 512."""
+    decoder_depth: int = 8
+    """Blocks of the decoder. Paper table 1a: 8."""
+    decoder_heads: int = 16
+    """Attention heads of the decoder. Official code: 16."""
+    crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])
+    """Area of the random resized crop, low and high, 0..1. Paper appendix A.1: 0.2, 1."""
+    flip: float = 0.5
+    """Probability of a horizontal flip. Official code: 0.5."""
+
+
+class Mae(Trainable):
+    Config = MaeConfig
+
+    def __init__(self, cfg: MaeConfig, build: Builder) -> None:
+        super().__init__(cfg, build)
+        self.encoder = build.vision(pos_embed="sincos")
+        xavier_init(self.encoder)
+        xavier_init_patch_embed(self.encoder.vit.patch_embed.proj)
+        self.encoder.vit.cls_token.data.normal_(std=0.02)
+        spec = self.encoder.spec
+        self.decoder = MAEDecoder(
+            encoder_dim=spec.dim,
+            grid=spec.grid,
+            patch_values=spec.patch_size**2 * 3,
+            dim=cfg.decoder_dim,
+            depth=cfg.decoder_depth,
+            heads=cfg.decoder_heads,
+        )
+
+    @classmethod
+    def needs(cls, cfg: MaeConfig) -> Needs:
+        crop = RandomResizedCrop(scale=(cfg.crop_scale[0], cfg.crop_scale[1]))
+        return Needs(views=(ViewSpec("image", ops=(crop, HorizontalFlip(cfg.flip))),))
+
+    def step(self, batch: Batch, ctx: StepContext) -> StepOutput:
+        images = self.encoder.normalise(batch["image"])
+        pred, mask = self.predict(images, ctx)
+        target = patchify(images, self.encoder.spec.patch_size)  # (B, N, P)
+        if self.cfg.norm_pix_loss:
+            target = norm_pix(target)
+        return StepOutput({"recon": masked_patch_mse(pred, target, mask)})
+
+    def predict(self, images: Tensor, ctx: StepContext) -> tuple[Tensor, Tensor]:
+        """Normalised images to predicted patches (B, N, P) and the mask (B, N), True = hidden."""
+        noise = ctx.uniform(images, self.encoder.spec.num_patches, "mask")
+        keep, restore, mask = random_masking(noise, self.cfg.mask_ratio)
+        visible = self.encoder(images, keep=keep, normalised=True)  # tokens (B, K, D)
+        return self.decoder(visible.prefix, visible.tokens, restore), mask
+
+    def exports(self) -> tuple[Capability, ...]:
+        return EncoderFeatures(self.encoder), MaeReconstruction(self)
+
+
+class MaeReconstruction(Reconstruction):
+    """Hidden patches filled with the prediction, at each patch's own mean and deviation."""
+
+    def __init__(self, method: Mae) -> None:
+        self.method = method
+
+    def reconstruct(self, images: Tensor, ctx: StepContext) -> tuple[Tensor, Tensor]:
+        encoder = self.method.encoder
+        patch, grid = encoder.spec.patch_size, encoder.spec.grid
+        normalised = encoder.normalise(images)
+        pred, mask = self.method.predict(normalised, ctx)
+        if self.method.cfg.norm_pix_loss:
+            mean, std = patch_statistics(patchify(normalised, patch))
+            pred = pred * std + mean
+        painted = encoder.denormalise(unpatchify(pred, patch, grid)).clamp(0, 1)
+        hidden = upsample_mask(mask, patch, grid)  # (B, 1, H, W)
+        return images.masked_fill(hidden, 0.5), images.where(~hidden, painted)
+
+
+METHOD = Mae

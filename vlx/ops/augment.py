@@ -1,0 +1,143 @@
+"""View operations: batched on the device, every parameter drawn per sample from given uniforms."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlx.ops.resample import Interpolation, crop_resize
+
+
+@dataclass(frozen=True)
+class RandomResizedCrop:
+    """A box of random area and aspect ratio, resized to the view's size.
+
+    Area and log-ratio are drawn once and the sides clipped to the image (the loop-free form; for
+    ratios near 1 and images near square it differs from torchvision's ten tries only at the rim).
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Share of the image's area, 0..1."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: Interpolation = Interpolation.bicubic
+    draws: int = 4
+
+    def boxes(self, sizes: Tensor, u: Tensor) -> Tensor:
+        """`(B, 4)` top, left, height, width in whole pixels, for sizes (B, 2) and u (B, 4)."""
+        heights, widths = sizes[:, 0].float(), sizes[:, 1].float()
+        area = heights * widths * (self.scale[0] + u[:, 0] * (self.scale[1] - self.scale[0]))
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        ratio = torch.exp(low + u[:, 1] * (high - low))
+        width = torch.minimum((area * ratio).sqrt().round().clamp(min=1), widths)
+        height = torch.minimum((area / ratio).sqrt().round().clamp(min=1), heights)
+        top = torch.floor(u[:, 2] * (heights - height + 1))
+        left = torch.floor(u[:, 3] * (widths - width + 1))
+        return torch.stack([top, left, height, width], dim=1)
+
+    def __call__(self, images: Tensor, sizes: Tensor, u: Tensor, size: int) -> Tensor:
+        return crop_resize(images, self.boxes(sizes, u), (size, size), self.interpolation)
+
+
+@dataclass(frozen=True)
+class HorizontalFlip:
+    """Mirror left and right with probability `p`."""
+
+    p: float = 0.5
+    draws: int = 1
+
+    def __call__(self, images: Tensor, sizes: Tensor, u: Tensor, size: int) -> Tensor:
+        if self.p == 0.0:
+            return images
+        flip = (u[:, 0] < self.p)[:, None, None, None]
+        return torch.where(flip, images.flip(-1), images)
+
+
+@dataclass(frozen=True)
+class CenterCrop:
+    """The evaluation view: the central square of side `ratio` x short side, resized."""
+
+    ratio: float = 0.875
+    interpolation: Interpolation = Interpolation.bicubic
+    draws: int = 0
+
+    def __call__(self, images: Tensor, sizes: Tensor, u: Tensor, size: int) -> Tensor:
+        heights, widths = sizes[:, 0].float(), sizes[:, 1].float()
+        side = torch.minimum(heights, widths) * self.ratio
+        top, left = (heights - side) / 2, (widths - side) / 2
+        boxes = torch.stack([top, left, side, side], dim=1)
+        return crop_resize(images, boxes, (size, size), self.interpolation)
+
+
+@dataclass(frozen=True)
+class ColorJitter:
+    """Brightness, contrast, saturation and hue, in this order, with probability `p` per sample.
+
+    Factors are drawn from [1 - x, 1 + x], the hue shift from [-hue, hue] turns, as torchvision's;
+    the order is fixed where torchvision shuffles it. Hue rotates chroma in YIQ, a linear map.
+    """
+
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    p: float = 1.0
+    draws: int = 5
+
+    def __call__(self, images: Tensor, sizes: Tensor, u: Tensor, size: int) -> Tensor:
+        def factor(column: int, spread: float) -> Tensor:
+            return (1.0 + (2.0 * u[:, column] - 1.0) * spread)[:, None, None, None]
+
+        x = (images * factor(0, self.brightness)).clamp(0, 1)
+        mean = _grey(x).mean(dim=(2, 3), keepdim=True)
+        x = (mean + (x - mean) * factor(1, self.contrast)).clamp(0, 1)
+        grey = _grey(x)
+        x = (grey + (x - grey) * factor(2, self.saturation)).clamp(0, 1)
+        if self.hue:
+            x = _rotate_hue(x, (2.0 * u[:, 3] - 1.0) * self.hue).clamp(0, 1)
+        return torch.where((u[:, 4] < self.p)[:, None, None, None], x, images)
+
+
+@dataclass(frozen=True)
+class GaussianBlur:
+    """Blur with a radius (standard deviation) in pixels drawn from `sigma`, probability `p`."""
+
+    sigma: tuple[float, float] = (0.1, 2.0)
+    p: float = 0.5
+    draws: int = 2
+
+    def __call__(self, images: Tensor, sizes: Tensor, u: Tensor, size: int) -> Tensor:
+        radius = min(math.ceil(3 * self.sigma[1]), images.shape[-1] - 1)
+        sigma = self.sigma[0] + u[:, 0] * (self.sigma[1] - self.sigma[0])
+        offsets = torch.arange(-radius, radius + 1, device=images.device, dtype=torch.float32)
+        kernel = torch.exp(-0.5 * (offsets[None] / sigma[:, None]) ** 2)
+        kernel = (kernel / kernel.sum(1, keepdim=True)).to(images.dtype)
+        b, c, h, w = images.shape
+        padded = torch.nn.functional.pad(images, (radius,) * 4, mode="reflect")
+        flat = padded.reshape(1, b * c, h + 2 * radius, w + 2 * radius)
+        taps = kernel.repeat_interleave(c, 0)  # (B*C, 2r+1)
+        flat = torch.nn.functional.conv2d(flat, taps[:, None, :, None], groups=b * c)
+        flat = torch.nn.functional.conv2d(flat, taps[:, None, None, :], groups=b * c)
+        blurred = flat.reshape(b, c, h, w)
+        return torch.where((u[:, 1] < self.p)[:, None, None, None], blurred, images)
+
+
+def _grey(images: Tensor) -> Tensor:
+    """ITU-R 601 luma, (B, 1, H, W)."""
+    weights = images.new_tensor([0.299, 0.587, 0.114])[None, :, None, None]
+    return (images * weights).sum(1, keepdim=True)
+
+
+def _rotate_hue(images: Tensor, turns: Tensor) -> Tensor:
+    to_yiq = images.new_tensor(
+        [[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]]
+    )
+    angle = turns.to(images.dtype) * 2.0 * math.pi
+    rotation = torch.zeros(images.shape[0], 3, 3, device=images.device, dtype=images.dtype)
+    rotation[:, 0, 0] = 1.0
+    rotation[:, 1, 1] = rotation[:, 2, 2] = angle.cos()
+    rotation[:, 1, 2], rotation[:, 2, 1] = -angle.sin(), angle.sin()
+    matrix = torch.linalg.inv(to_yiq)[None] @ rotation @ to_yiq[None]
+    return torch.einsum("bij,bjhw->bihw", matrix, images)
