@@ -46,3 +46,7 @@ def cifar10() -> str:
     if not (SHARED_DATA / "cifar10").is_dir():
         pytest.skip("../shared/data/cifar10 is not here")
     return str(SHARED_DATA / "cifar10")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-golden", default="", help="slug (or all) whose losses to rewrite")
