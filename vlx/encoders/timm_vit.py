@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vlx.core.errors import ConfigError, nearest
 from vlx.encoders.base import EncoderOut, EncoderSpec, VisionEncoder
 from vlx.encoders.config import EncoderConfig, PosEmbed
+from vlx.ops.patches import patchify
 from vlx.ops.posembed import sincos_2d
 from vlx.ops.tokens import gather_tokens
 
@@ -44,22 +45,33 @@ class TimmVit(VisionEncoder):
     def embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Normalised images to block input (B, P + N or K, D); positions precede the dropping."""
         vit = self.vit
-        x = vit.patch_embed(images).flatten(1, -2)  # (B, N, D)
+        if keep is None:
+            x = vit.patch_embed(images).flatten(1, -2)  # (B, N, D)
+        else:
+            x = self._embed_kept(images, keep)  # (B, K, D)
         prefix = x.new_zeros(1, 0, x.shape[-1])
         for token in (vit.cls_token, vit.reg_token):
             if token is not None:
                 prefix = torch.cat([prefix, token], dim=1)
         if vit.pos_embed is not None:
             if vit.no_embed_class:
-                x = x + vit.pos_embed
+                positions = vit.pos_embed
             else:
                 count = self.spec.num_prefix
-                x = x + vit.pos_embed[:, count:]
+                positions = vit.pos_embed[:, count:]
                 prefix = prefix + vit.pos_embed[:, :count]
-        if keep is not None:
-            x = gather_tokens(x, keep)
+            if keep is not None:
+                positions = gather_tokens(positions.expand(x.shape[0], -1, -1), keep)
+            x = x + positions
         x = torch.cat([prefix.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
         return vit.norm_pre(vit.pos_drop(x))
+
+    def _embed_kept(self, images: Tensor, keep: Tensor) -> Tensor:
+        """The patch convolution on the patches `keep (B, K)` alone: it costs K/N of the whole."""
+        conv = self.vit.patch_embed.proj
+        patches = gather_tokens(patchify(images, self.spec.patch_size), keep)  # (B, K, p*p*3)
+        weight = conv.weight.permute(0, 2, 3, 1).flatten(1)  # channel last, as patchify orders
+        return self.vit.patch_embed.norm(nn.functional.linear(patches, weight, conv.bias))
 
     def forward(
         self,
