@@ -42,6 +42,40 @@ class RandomResizedCrop:
 
 
 @dataclass(frozen=True)
+class RandomCrop:
+    """A square of the view's size at a random whole-pixel offset, after zero padding.
+
+    Where the padded image is smaller than the view, the rest is zero too.
+    """
+
+    padding: int = 4
+    """Pixels added on every side."""
+    draws: int = 2
+
+    def offsets(self, sizes: Tensor, u: Tensor, size: int) -> Tensor:
+        """`(B, 2)` int64 top and left in the padded image, for sizes (B, 2) and u (B, 2)."""
+        places = (sizes + (2 * self.padding + 1 - size)).clamp(min=1)
+        return (u * places).to(torch.int64)
+
+    def __call__(self, images: Tensor, sizes: Tensor, u: Tensor, size: int) -> Tensor:
+        b, c, h, w = images.shape
+        p = self.padding
+        # One row more than needed, so that no window runs over the end of the buffer.
+        tall, wide = max(h + 2 * p, size) + 1, max(w + 2 * p, size)
+        padded = images.new_zeros(b, c, tall, wide)
+        padded[:, :, p : p + h, p : p + w] = images
+        # Rows of one crop lie `wide` apart, so a crop is one run of size * wide values: copying
+        # runs is many times faster than gathering pixels.
+        run = size * wide
+        windows = padded.as_strided((padded.numel() - run + 1, run), (1, 1))
+        top, left = self.offsets(sizes, u, size).unbind(1)
+        planes = torch.arange(b * c, device=images.device) * (tall * wide)
+        starts = planes.view(b, c) + (top * wide + left)[:, None]
+        crops = windows.index_select(0, starts.flatten())
+        return crops.view(b, c, size, wide)[..., :size]
+
+
+@dataclass(frozen=True)
 class HorizontalFlip:
     """Mirror left and right with probability `p`."""
 
@@ -51,8 +85,10 @@ class HorizontalFlip:
     def __call__(self, images: Tensor, sizes: Tensor, u: Tensor, size: int) -> Tensor:
         if self.p == 0.0:
             return images
-        flip = (u[:, 0] < self.p)[:, None, None, None]
-        return torch.where(flip, images.flip(-1), images)
+        # Choosing whole rows copies blocks of memory; `torch.where` would test every pixel.
+        rows = torch.arange(len(images), device=images.device)
+        both = torch.cat([images, images.flip(-1)])
+        return both.index_select(0, rows + len(images) * (u[:, 0] < self.p))
 
 
 @dataclass(frozen=True)
