@@ -84,7 +84,7 @@ def cached_index(
                 return found
             index = build()
             _store(folder, index)
-            return index
+            return _load(folder) or index  # mapped from the file: one copy for all processes
     except OSError as error:
         log.warning(f"cannot keep an index in {folder}: {error}. It is built anew by every run")
         return build()

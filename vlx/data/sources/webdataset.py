@@ -224,10 +224,14 @@ def _scan(building: _Building, number: int, shard: Path, columns: tuple[str, str
                 group = _Group(key)
             _take(group, suffix, member, data, columns)
     except CutOff as error:
-        if not error.member or _key(error.member)[0] != group.key:
+        # The damage stands for the sample that it hit: the one being read, unless that is whole.
+        cut = _key(error.member)[0] if error.member else f"after {group.key or 'its start'}"
+        labelled = any(label is not None for label in building.labels)
+        if group.image and (group.label or not labelled) and cut != group.key:
             finish()
-        name = _key(error.member)[0] if error.member else f"after {group.key or 'its start'}"
-        building.add_damage(number, name, f"damaged shard: {error}")
+        elif group.key:
+            cut = group.key
+        building.add_damage(number, cut, f"damaged shard: {error}")
         return
     finish()
 
