@@ -112,7 +112,7 @@ class ColorJitter:
     """Brightness, contrast, saturation and hue, in this order, with probability `p` per sample.
 
     Factors are drawn from [1 - x, 1 + x], the hue shift from [-hue, hue] turns, as torchvision's;
-    the order is fixed where torchvision shuffles it. Hue rotates chroma in YIQ, a linear map.
+    the order is fixed where torchvision shuffles it.
     """
 
     brightness: float = 0.0
@@ -167,13 +167,20 @@ def _grey(images: Tensor) -> Tensor:
 
 
 def _rotate_hue(images: Tensor, turns: Tensor) -> Tensor:
-    to_yiq = images.new_tensor(
-        [[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]]
+    """Hue of HSV shifted by `turns (B,)` of the circle; value and saturation stay."""
+    value, low = images.amax(1), images.amin(1)  # (B, H, W)
+    chroma = value - low
+    red, green, blue = images.unbind(1)
+    safe = chroma.clamp(min=1e-12)
+    # Sixths of a turn from the largest channel; grey has no hue, and no chroma to show it.
+    hue = torch.where(
+        value == red,
+        (green - blue) / safe,
+        torch.where(value == green, (blue - red) / safe + 2.0, (red - green) / safe + 4.0),
     )
-    angle = turns.to(images.dtype) * 2.0 * math.pi
-    rotation = torch.zeros(images.shape[0], 3, 3, device=images.device, dtype=images.dtype)
-    rotation[:, 0, 0] = 1.0
-    rotation[:, 1, 1] = rotation[:, 2, 2] = angle.cos()
-    rotation[:, 1, 2], rotation[:, 2, 1] = -angle.sin(), angle.sin()
-    matrix = torch.linalg.inv(to_yiq)[None] @ rotation @ to_yiq[None]
-    return torch.einsum("bij,bjhw->bihw", matrix, images)
+    hue = hue + 6.0 * turns[:, None, None]
+    planes = []
+    for offset in (5.0, 3.0, 1.0):
+        k = torch.remainder(hue + offset, 6.0)
+        planes.append(value - chroma * torch.minimum(k, 4.0 - k).clamp(0.0, 1.0))
+    return torch.stack(planes, dim=1)
