@@ -21,6 +21,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Run, compare and extend published vision and vision-language methods.",
 )
+data_app = typer.Typer(no_args_is_help=True, help="Look at data: what there is, what it holds.")
+app.add_typer(data_app, name="data")
 console = Console()
 errors = Console(stderr=True)
 
@@ -109,6 +111,40 @@ def list_methods(
             ", ".join(paper.modalities),
         )
     console.print(table)
+
+
+@data_app.command("list", help="Kinds of data sources and what they read.")
+def data_list() -> None:
+    from vlx.commands.data import list_sources
+
+    list_sources(console)
+
+
+@data_app.command("show", context_settings=_OPEN, help="Samples, fields, classes, damaged files.")
+def data_show(
+    name: Annotated[str, typer.Argument(help="A kind of source, or a name of conf/data.")],
+    rest: Overrides = None,
+    check: Annotated[int, typer.Option(help="Samples of each split to decode.")] = 64,
+    debug: Debug = False,
+) -> None:
+    from vlx.commands.data import show
+
+    show(name, rest or [], check, console)
+
+
+@data_app.command("preview", context_settings=_OPEN, help="A picture of what a method will see.")
+def data_preview(
+    method: Method,
+    rest: Overrides = None,
+    preset: Preset = None,
+    out: Annotated[Path | None, typer.Option(help="File to write; preview-METHOD.png.")] = None,
+    samples: Annotated[int, typer.Option(help="Rows of the grid.")] = 8,
+    debug: Debug = False,
+) -> None:
+    from vlx.commands.data import preview
+
+    file = preview(method, preset, rest or [], out or Path(f"preview-{method}.png"), samples)
+    console.print(f"picture: {file}", highlight=False, soft_wrap=True)
 
 
 def main() -> None:

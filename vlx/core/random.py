@@ -15,6 +15,7 @@ from torch import Tensor
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MUL_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MUL_2 = 0x94D049BB133111EB - (1 << 64)
+_MASK = (1 << 64) - 1
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
@@ -30,12 +31,21 @@ def mix(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
+def _mix_number(x: int) -> int:
+    """`mix` of one number in plain Python: a tensor made for it would stall a GPU's queue."""
+    x = (x + _GOLDEN) & _MASK
+    x = ((x ^ (x >> 30)) * _MUL_1) & _MASK
+    x = ((x ^ (x >> 27)) * _MUL_2) & _MASK
+    x ^= x >> 31
+    return x - (1 << 64) if x >> 63 else x
+
+
 def key(ids: Tensor, *salts: int | str) -> Tensor:
     """One int64 key per id, `(B,)`, from the ids and any number of integers or names."""
     result = ids.to(torch.int64)
     for salt in salts:
         number = zlib.crc32(salt.encode()) if isinstance(salt, str) else int(salt)
-        result = mix(result + mix(torch.tensor(number, device=ids.device)))
+        result = mix(result + _mix_number(number))
     return result
 
 

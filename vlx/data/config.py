@@ -42,3 +42,6 @@ class DataConfig:
     """Share of unreadable samples, 0..1, past which the run stops."""
     max_pixels: int = 178956970
     """Images with more pixels than this count as unreadable (decompression bombs)."""
+    max_side: int | None = 1024
+    """Longer images are reduced to this many pixels when they are decoded, so that one huge photo
+    does not make a batch huge; null keeps them. Ours."""

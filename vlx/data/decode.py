@@ -5,16 +5,21 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 Image.MAX_IMAGE_PIXELS = None  # the limit is the caller's `max_pixels`, an error, not a warning
 
 
-def decode_image(data: bytes | np.ndarray, max_pixels: int = 178_956_970) -> np.ndarray:
-    """Encoded bytes to (H, W, 3) uint8 RGB, EXIF orientation applied.
+def decode_image(
+    data: bytes | np.ndarray | Image.Image,
+    max_pixels: int = 178_956_970,
+    max_side: int | None = None,
+) -> np.ndarray:
+    """Encoded bytes, or an open PIL image, to (H, W, 3) uint8 RGB, EXIF orientation applied.
 
     The first frame of an animation; transparency is laid over white; CMYK and greyscale become
-    RGB; 16-bit greyscale is scaled to 8 bits. An array is checked and returned.
+    RGB; 16-bit greyscale is scaled to 8 bits, 16-bit colour keeps its high byte (PIL reads no
+    more). Sides over `max_side` are reduced, antialiased. An array is checked and returned.
 
     Raises:
         ValueError: damaged or truncated data, or more than `max_pixels` pixels.
@@ -23,19 +28,34 @@ def decode_image(data: bytes | np.ndarray, max_pixels: int = 178_956_970) -> np.
         if data.dtype != np.uint8 or data.ndim != 3 or data.shape[2] != 3:
             raise ValueError(f"image array must be (H, W, 3) uint8, got {data.shape} {data.dtype}")
         return data
+    if isinstance(data, Image.Image):
+        return _finish(data, max_pixels, max_side)
     if not data:
         raise ValueError("empty file")
+    # Some libraries set this for the whole process; a grey lower half is not the image.
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise ValueError(f"{width}x{height} is over the limit of {max_pixels} pixels")
-            image.load()
-            return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+            return _finish(image, max_pixels, max_side)
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"not an image; it begins with {data[:16]!r}") from None
     except ValueError:
         raise
     except Exception as error:  # PIL raises many kinds for damaged files
         raise ValueError(str(error) or type(error).__name__) from error
+
+
+def _finish(image: Image.Image, max_pixels: int, max_side: int | None) -> np.ndarray:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ValueError(f"{width}x{height} is over the limit of {max_pixels} pixels")
+    if max_side is not None and max(width, height) > max_side:
+        image.draft("RGB", (max_side, max_side))  # a JPEG decoder halves while it reads
+    image.load()
+    upright = _to_rgb(ImageOps.exif_transpose(image))
+    if max_side is not None and max(upright.size) > max_side:
+        upright.thumbnail((max_side, max_side), Image.Resampling.BICUBIC)
+    return np.asarray(upright)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -74,7 +74,7 @@ class HostDataset(Dataset[HostBatch]):
 
     def __init__(self, source: Source, cfg: DataConfig, seed: int) -> None:
         self.source = source
-        self.max_pixels = cfg.max_pixels
+        self.max_pixels, self.max_side = cfg.max_pixels, cfg.max_side
         self.seed = seed
 
     def __getitem__(self, draw: Draw) -> HostBatch:
@@ -97,7 +97,7 @@ class HostDataset(Dataset[HostBatch]):
         for attempt in range(_MAX_REPLACEMENTS):
             try:
                 sample = self.source.read(current)
-                image = decode_image(sample["image"], self.max_pixels)
+                image = decode_image(sample["image"], self.max_pixels, self.max_side)
                 return current, image, sample.get("label")
             except Exception as error:  # any failure to read one sample is that sample's
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -159,5 +159,8 @@ def read_batches(
         pin_memory=pin,
         timeout=180,
         prefetch_factor=2,
+        # Its own generator: else the loader draws from torch's global one, and what a run draws
+        # later would depend on the number of workers.
+        generator=torch.Generator().manual_seed(0),
     )
     yield from loader

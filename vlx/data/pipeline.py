@@ -14,7 +14,7 @@ from vlx.core import random
 from vlx.core.errors import ConfigError, DataError, nearest
 from vlx.core.fields import Batch, Needs
 from vlx.data.config import DataConfig, Resident
-from vlx.data.host import BadSamples, Draw, HostBatch, read_batches
+from vlx.data.host import BadSamples, Draw, HostBatch, HostDataset, read_batches
 from vlx.data.order import permute, replacement
 from vlx.data.source import Source
 from vlx.data.views import make_views
@@ -22,6 +22,7 @@ from vlx.data.views import make_views
 log = logging.getLogger("vlx")
 _PROBED = 16  # samples read to see whether all images have one size
 _CHUNK = 256
+_ENCODERS = {8: "digits", 32: "cifar"}  # conf/encoder: made for images of this side
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Residents:
     def take(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Images, sizes and labels at `ids (B,)` on the device."""
         assert self.images is not None
-        images = self.images[ids]
+        images = self.images.index_select(0, ids)  # whole images: copied as blocks
         sizes = torch.tensor(images.shape[-2:], device=images.device).expand(len(ids), 2)
         return images, sizes, None if self.labels is None else self.labels[ids]
 
@@ -121,19 +122,37 @@ def _read_all(source: Source, cfg: DataConfig, seed: int) -> Iterator[tuple[int,
     yield from zip(starts, read_batches(source, cfg, seed, draws))
 
 
-def fits(source: Source, cfg: DataConfig) -> bool:
-    """Whether `resident: auto` would keep the source on the device."""
+def probe_sizes(source: Source, cfg: DataConfig) -> Tensor:
+    """`(P, 2)` heights and widths of a few samples spread over the source."""
+    probe = np.unique(np.linspace(0, len(source) - 1, _PROBED).astype(int))
+    return HostDataset(source, cfg, 0)[Draw(probe, None)].sizes
+
+
+def fits(sizes: Tensor, num_samples: int, cfg: DataConfig) -> bool:
+    """Whether the source is kept on the device, given the `sizes` of a few of its samples."""
     if cfg.resident is not Resident.auto:
         return cfg.resident is Resident.always
-    probe = np.unique(np.linspace(0, len(source) - 1, _PROBED).astype(int))
-    batch = next(iter(read_batches(source, _in_process(cfg), 0, [Draw(probe, None)])))
-    if len(batch.sample_id) == 0 or not bool((batch.sizes == batch.sizes[0]).all()):
+    if len(sizes) == 0 or not bool((sizes == sizes[0]).all()):
         return False
-    return len(source) * batch.images[0].numel() <= cfg.resident_limit_mb << 20
+    return num_samples * 3 * int(sizes[0].prod()) <= cfg.resident_limit_mb << 20
 
 
-def _in_process(cfg: DataConfig) -> DataConfig:
-    return DataConfig(**{**vars(cfg), "workers": 0})
+def _warn_of_size(source: Source, sizes: Tensor, image_size: int) -> None:
+    """Say so where all images have one size that is far from what the encoder sees.
+
+    Photos twice as large, or of many sizes, are what crops are made for: no warning.
+    """
+    if len(sizes) == 0 or not bool((sizes == sizes[0]).all()):
+        return
+    height, width = sizes[0].tolist()
+    side = min(height, width)
+    if image_size <= side <= 2 * image_size:
+        return
+    chosen = f"encoder={_ENCODERS[side]} or " if side in _ENCODERS else ""
+    log.warning(
+        f"images of {source.info.name} are {height}x{width}, the encoder sees "
+        f"{image_size}x{image_size}. To train at their own size: {chosen}encoder.image_size={side}"
+    )
 
 
 class TrainPipeline:
@@ -159,7 +178,10 @@ class TrainPipeline:
                 f"train.batch_size={share.batch_size} is larger than the {len(source)} samples of "
                 f"{source.info.name}/{source.info.split}"
             )
-        self.residents = Residents(source, cfg, seed, device) if fits(source, cfg) else None
+        probed = probe_sizes(source, cfg)
+        _warn_of_size(source, probed, image_size)
+        resident = fits(probed, len(source), cfg)
+        self.residents = Residents(source, cfg, seed, device) if resident else None
         self.bad = (
             self.residents.bad if self.residents else BadSamples(len(source), cfg.corrupt_limit)
         )

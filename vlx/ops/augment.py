@@ -42,6 +42,40 @@ class RandomResizedCrop:
 
 
 @dataclass(frozen=True)
+class RandomCrop:
+    """A square of the view's size at a random whole-pixel offset, after zero padding.
+
+    Where the padded image is smaller than the view, the rest is zero too.
+    """
+
+    padding: int = 4
+    """Pixels added on every side."""
+    draws: int = 2
+
+    def offsets(self, sizes: Tensor, u: Tensor, size: int) -> Tensor:
+        """`(B, 2)` int64 top and left in the padded image, for sizes (B, 2) and u (B, 2)."""
+        places = (sizes + (2 * self.padding + 1 - size)).clamp(min=1)
+        return (u * places).to(torch.int64)
+
+    def __call__(self, images: Tensor, sizes: Tensor, u: Tensor, size: int) -> Tensor:
+        b, c, h, w = images.shape
+        p = self.padding
+        # One row more than needed, so that no window runs over the end of the buffer.
+        tall, wide = max(h + 2 * p, size) + 1, max(w + 2 * p, size)
+        padded = images.new_zeros(b, c, tall, wide)
+        padded[:, :, p : p + h, p : p + w] = images
+        # Rows of one crop lie `wide` apart, so a crop is one run of size * wide values: copying
+        # runs is many times faster than gathering pixels.
+        run = size * wide
+        windows = padded.as_strided((padded.numel() - run + 1, run), (1, 1))
+        top, left = self.offsets(sizes, u, size).unbind(1)
+        planes = torch.arange(b * c, device=images.device) * (tall * wide)
+        starts = planes.view(b, c) + (top * wide + left)[:, None]
+        crops = windows.index_select(0, starts.flatten())
+        return crops.view(b, c, size, wide)[..., :size]
+
+
+@dataclass(frozen=True)
 class HorizontalFlip:
     """Mirror left and right with probability `p`."""
 
@@ -51,8 +85,10 @@ class HorizontalFlip:
     def __call__(self, images: Tensor, sizes: Tensor, u: Tensor, size: int) -> Tensor:
         if self.p == 0.0:
             return images
-        flip = (u[:, 0] < self.p)[:, None, None, None]
-        return torch.where(flip, images.flip(-1), images)
+        # Choosing whole rows copies blocks of memory; `torch.where` would test every pixel.
+        rows = torch.arange(len(images), device=images.device)
+        both = torch.cat([images, images.flip(-1)])
+        return both.index_select(0, rows + len(images) * (u[:, 0] < self.p))
 
 
 @dataclass(frozen=True)
@@ -76,7 +112,7 @@ class ColorJitter:
     """Brightness, contrast, saturation and hue, in this order, with probability `p` per sample.
 
     Factors are drawn from [1 - x, 1 + x], the hue shift from [-hue, hue] turns, as torchvision's;
-    the order is fixed where torchvision shuffles it. Hue rotates chroma in YIQ, a linear map.
+    the order is fixed where torchvision shuffles it.
     """
 
     brightness: float = 0.0
@@ -131,13 +167,20 @@ def _grey(images: Tensor) -> Tensor:
 
 
 def _rotate_hue(images: Tensor, turns: Tensor) -> Tensor:
-    to_yiq = images.new_tensor(
-        [[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]]
+    """Hue of HSV shifted by `turns (B,)` of the circle; value and saturation stay."""
+    value, low = images.amax(1), images.amin(1)  # (B, H, W)
+    chroma = value - low
+    red, green, blue = images.unbind(1)
+    safe = chroma.clamp(min=1e-12)
+    # Sixths of a turn from the largest channel; grey has no hue, and no chroma to show it.
+    hue = torch.where(
+        value == red,
+        (green - blue) / safe,
+        torch.where(value == green, (blue - red) / safe + 2.0, (red - green) / safe + 4.0),
     )
-    angle = turns.to(images.dtype) * 2.0 * math.pi
-    rotation = torch.zeros(images.shape[0], 3, 3, device=images.device, dtype=images.dtype)
-    rotation[:, 0, 0] = 1.0
-    rotation[:, 1, 1] = rotation[:, 2, 2] = angle.cos()
-    rotation[:, 1, 2], rotation[:, 2, 1] = -angle.sin(), angle.sin()
-    matrix = torch.linalg.inv(to_yiq)[None] @ rotation @ to_yiq[None]
-    return torch.einsum("bij,bjhw->bihw", matrix, images)
+    hue = hue + 6.0 * turns[:, None, None]
+    planes = []
+    for offset in (5.0, 3.0, 1.0):
+        k = torch.remainder(hue + offset, 6.0)
+        planes.append(value - chroma * torch.minimum(k, 4.0 - k).clamp(0.0, 1.0))
+    return torch.stack(planes, dim=1)

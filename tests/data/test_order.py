@@ -1,0 +1,80 @@
+"""The order of an epoch: a permutation, another for every epoch and seed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vlx.data.order import permute, replacement
+
+
+@pytest.mark.parametrize(
+    "n", [1, 2, 3, 4, 5, 7, 15, 16, 17, 63, 64, 65, 255, 1000, 1024, 4097, 50_000, 131_071]
+)
+def test_every_sample_once(n: int) -> None:
+    for seed, epoch in ((0, 0), (3, 1)):
+        order = permute(np.arange(n), n, seed, epoch)
+        np.testing.assert_array_equal(np.sort(order), np.arange(n))
+
+
+@pytest.mark.parametrize("n", range(1, 70))
+def test_every_small_set_is_permuted(n: int) -> None:
+    for epoch in range(3):
+        assert sorted(permute(np.arange(n), n, 5, epoch).tolist()) == list(range(n))
+
+
+def test_a_position_does_not_depend_on_what_is_asked_with_it() -> None:
+    whole = permute(np.arange(1000), 1000, 1, 2)
+    for part in (np.array([7]), np.array([999, 3]), np.arange(500, 600)):
+        np.testing.assert_array_equal(permute(part, 1000, 1, 2), whole[part])
+
+
+def test_epochs_and_seeds_differ() -> None:
+    orders = [permute(np.arange(500), 500, seed, epoch) for seed in range(4) for epoch in range(4)]
+    for i, a in enumerate(orders):
+        for b in orders[:i]:
+            # Two random orders share one place in expectation.
+            assert (a == b).sum() < 10
+
+
+def test_very_large_sets_cost_no_memory() -> None:
+    n = 10**12
+    order = permute(np.arange(1000), n, 0, 0)
+    assert order.min() >= 0
+    assert order.max() < n
+    assert len(set(order.tolist())) == 1000
+
+
+@pytest.mark.parametrize("n", [10, 37])
+def test_every_sample_is_equally_likely_at_every_place(n: int) -> None:
+    epochs = 2000
+    counts = np.zeros((n, n))
+    for epoch in range(epochs):
+        counts[np.arange(n), permute(np.arange(n), n, 0, epoch)] += 1
+    expected = epochs / n
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    freedom = (n - 1) ** 2
+    # Chi-square has mean f and variance 2f; five deviations is one false alarm in millions.
+    assert abs(chi_square - freedom) < 5 * np.sqrt(2 * freedom)
+
+
+def test_neighbours_are_not_kept_together() -> None:
+    order = permute(np.arange(10_000), 10_000, 0, 0)
+    assert (np.abs(np.diff(order)) == 1).mean() < 0.001
+    correlation = np.corrcoef(np.arange(10_000), order)[0, 1]
+    assert abs(correlation) < 0.05  # five deviations of 1 / sqrt(n)
+
+
+def test_known_values_stay_what_they_were() -> None:
+    """A resumed run of an older version must go on with the same samples."""
+    assert permute(np.arange(8), 100, 0, 0).tolist() == [25, 61, 65, 36, 69, 8, 75, 42]
+
+
+def test_a_replacement_is_a_function_of_its_arguments_and_in_range() -> None:
+    drawn = [replacement(i, 50, 0, e, a) for i in range(20) for e in range(3) for a in range(3)]
+    assert drawn == [
+        replacement(i, 50, 0, e, a) for i in range(20) for e in range(3) for a in range(3)
+    ]
+    assert min(drawn) >= 0
+    assert max(drawn) < 50
+    assert len(set(drawn)) > 30

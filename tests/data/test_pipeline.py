@@ -1,0 +1,410 @@
+"""The pipeline: the same batches whatever reads them, and damaged samples."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.data.make import (
+    CROP_AND_FLIP,
+    HTML,
+    config,
+    encode,
+    image_tree,
+    picture,
+    truncated_jpeg,
+)
+from vlx.core.errors import ConfigError, DataError
+from vlx.core.fields import Batch, Field, Needs, ViewSpec
+from vlx.data.config import DataConfig, Resident
+from vlx.data.open import open_source
+from vlx.data.pipeline import EvalPipeline, Share, TrainPipeline
+from vlx.data.source import Sample, SourceInfo
+from vlx.data.views import evaluation_view
+from vlx.ops.augment import ColorJitter, HorizontalFlip, RandomCrop, RandomResizedCrop
+
+CPU = torch.device("cpu")
+
+
+def folder(root: Path, damaged: int = 0, **keys) -> DataConfig:
+    """24 training and 12 test images, the first of the training ones damaged."""
+    files = sorted((image_tree(root) / "train").rglob("*.png"))
+    broken = [truncated_jpeg(), b"", HTML, encode(picture(0))[:80]]
+    for i in range(damaged):
+        files[i * 5].write_bytes(broken[i % len(broken)])
+    return config(source="folder", path=str(root), **{"corrupt_limit": 0.2, **keys})
+
+
+def pipeline(cfg: DataConfig, batch_size: int = 6, needs: Needs = CROP_AND_FLIP, **share):
+    source = open_source(cfg, "train")
+    return TrainPipeline(
+        source,
+        needs,
+        cfg=cfg,
+        image_size=16,
+        seed=7,
+        share=Share(batch_size, **share),
+        device=CPU,
+    )
+
+
+def assert_equal(a: list[Batch], b: list[Batch]) -> None:
+    assert len(a) == len(b)
+    for x, y in zip(a, b):
+        assert x.keys() == y.keys()
+        for key in x:
+            assert torch.equal(x[key], y[key]), key
+
+
+@pytest.fixture
+def with_damage(tmp_path: Path) -> DataConfig:
+    return folder(tmp_path, damaged=3, resident=Resident.never)
+
+
+def test_batches_are_the_same_for_any_number_of_workers(with_damage: DataConfig) -> None:
+    expected = list(pipeline(with_damage).batches(0, 10))
+    for workers in (1, 2):
+        cfg = replace(with_damage, workers=workers)
+        assert_equal(list(pipeline(cfg).batches(0, 10)), expected)
+
+
+def test_batches_are_the_same_resident_or_streamed(with_damage: DataConfig) -> None:
+    streamed, resident = (
+        pipeline(replace(with_damage, resident=kind)) for kind in (Resident.never, Resident.always)
+    )
+    assert streamed.residents is None
+    assert resident.residents is not None
+    assert_equal(list(resident.batches(0, 10)), list(streamed.batches(0, 10)))
+    assert resident.bad.reasons.keys() == streamed.bad.reasons.keys()
+
+
+@pytest.mark.parametrize("start", [1, 4, 5, 9])
+@pytest.mark.parametrize("resident", list(Resident))
+def test_batches_are_the_same_from_any_step_on(
+    with_damage: DataConfig, start: int, resident: Resident
+) -> None:
+    cfg = replace(with_damage, resident=resident)
+    expected = list(pipeline(cfg).batches(0, 10))
+    assert_equal(list(pipeline(cfg).batches(start, 10)), expected[start:])
+
+
+@pytest.mark.parametrize(("world", "accumulate"), [(2, 1), (1, 2), (3, 2)])
+def test_shares_put_together_are_the_single_process_s_batch(
+    with_damage: DataConfig, world: int, accumulate: int
+) -> None:
+    expected = list(pipeline(with_damage, 12).batches(0, 4))
+    parts = [
+        list(pipeline(with_damage, 12, rank=r, world=world, accumulate=accumulate).batches(0, 4))
+        for r in range(world)
+    ]
+    for step, whole in enumerate(expected):
+        pieces = [
+            parts[r][step * accumulate + micro] for micro in range(accumulate) for r in range(world)
+        ]
+        for key, value in whole.items():
+            assert torch.equal(torch.cat([piece[key] for piece in pieces]), value), key
+
+
+def test_an_epoch_has_every_readable_sample_once(tmp_path: Path) -> None:
+    clean = pipeline(folder(tmp_path), 6)
+    assert clean.steps_per_epoch == 4
+    for epoch in range(2):
+        steps = clean.batches(4 * epoch, 4 * epoch + 4)
+        ids = torch.cat([batch["sample_id"] for batch in steps])
+        assert sorted(ids.tolist()) == list(range(24))
+
+
+def test_damaged_samples_are_replaced_counted_and_named(
+    with_damage: DataConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    line = pipeline(with_damage)
+    batches = list(line.batches(0, 12))
+    assert [len(batch["sample_id"]) for batch in batches] == [6] * 12
+    damaged = {0, 5, 10}
+    assert set(line.bad.reasons) == damaged
+    assert not damaged & set(torch.cat([b["sample_id"] for b in batches]).tolist())
+    for sample in damaged:
+        name = line.source.describe(sample)
+        assert caplog.text.count(name) == 1  # named once, whatever the epochs
+    assert "truncated" in caplog.text
+    assert "empty file" in caplog.text
+    assert "not an image" in caplog.text
+
+
+@pytest.mark.parametrize("resident", [Resident.never, Resident.always])
+def test_too_many_damaged_samples_stop_the_run_with_the_first_named(
+    with_damage: DataConfig, resident: Resident
+) -> None:
+    cfg = replace(with_damage, resident=resident, corrupt_limit=0.1)  # 2.4 of 24
+    with pytest.raises(DataError, match=r"3 of 24 .*corrupt_limit=0\.1.*train/ant/000\.png"):
+        list(pipeline(cfg).batches(0, 12))
+
+
+def test_a_set_without_a_readable_sample_is_one_line(tmp_path: Path) -> None:
+    cfg = folder(tmp_path, resident=Resident.never, corrupt_limit=1.0)
+    for file in (tmp_path / "train").rglob("*.png"):
+        file.write_bytes(b"")
+    with pytest.raises(DataError, match=r"in a row are unreadable; last: .*empty file"):
+        list(pipeline(cfg).batches(0, 1))
+
+
+def test_a_file_that_vanishes_is_a_damaged_sample(tmp_path: Path) -> None:
+    cfg = folder(tmp_path, resident=Resident.never)
+    line = pipeline(cfg)
+    (tmp_path / "train" / "bee" / "003.png").unlink()
+    list(line.batches(0, 4))
+    assert list(line.bad.reasons) == [11]
+    assert "No such file" in line.bad.reasons[11]
+
+
+def test_a_larger_batch_than_the_data_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.batch_size=25 is larger than the 24 samples"):
+        pipeline(folder(tmp_path), 25)
+
+
+def test_a_field_that_the_source_lacks_is_named(tmp_path: Path) -> None:
+    needs = Needs(
+        views=CROP_AND_FLIP.views, fields=(Field("caption", "B T", torch.int64, "tokens"),)
+    )
+    with pytest.raises(DataError, match=r"needs the field 'caption'.*image, label"):
+        pipeline(folder(tmp_path), needs=needs)
+
+
+# --- evaluation
+
+
+def evaluated(cfg: DataConfig, split: str, **keys) -> list[Batch]:
+    line = EvalPipeline(
+        open_source(cfg, split),
+        evaluation_view(1.0),
+        cfg=cfg,
+        image_size=16,
+        device=CPU,
+        **{"batch_size": 5, **keys},
+    )
+    return list(line.batches())
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "workers"), [(1, 0), (2, 0), (7, 0), (24, 0), (100, 0), (7, 2)]
+)
+def test_evaluation_sees_every_readable_sample_once_in_order(
+    with_damage: DataConfig, batch_size: int, workers: int
+) -> None:
+    cfg = replace(with_damage, workers=workers)
+    batches = evaluated(cfg, "train", batch_size=batch_size)
+    ids = torch.cat([batch["sample_id"] for batch in batches])
+    assert ids.tolist() == [i for i in range(24) if i not in (0, 5, 10)]
+    labels = torch.cat([batch["label"] for batch in batches])
+    assert labels.tolist() == [i // 8 for i in ids.tolist()]
+
+
+def test_evaluation_views_do_not_depend_on_the_batch_size(with_damage: DataConfig) -> None:
+    one, seven = (
+        torch.cat([b["image"] for b in evaluated(with_damage, "train", batch_size=size)])
+        for size in (1, 7)
+    )
+    assert torch.equal(one, seven)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_evaluation_shares_cover_the_split_with_equally_many_batches(
+    with_damage: DataConfig, world: int
+) -> None:
+    parts = [evaluated(with_damage, "train", rank=r, world=world) for r in range(world)]
+    assert len({len(part) for part in parts}) == 1
+    seen = {i for part in parts for batch in part for i in batch["sample_id"].tolist()}
+    assert seen == set(range(24)) - {0, 5, 10}
+
+
+# --- sizes
+
+
+def test_images_of_many_sizes_stream_and_give_the_views_they_give_alone(tmp_path: Path) -> None:
+    image_tree(tmp_path)
+    for i, file in enumerate(sorted((tmp_path / "train").rglob("*.png"))):
+        file.write_bytes(encode(picture(i, 20 + 3 * (i % 5))[: 18 + i % 4]))
+    cfg = config(source="folder", path=str(tmp_path))
+    line = pipeline(cfg, 8)
+    assert line.residents is None  # auto: one size only
+    together = {
+        int(i): image
+        for batch in line.batches(0, 3)
+        for i, image in zip(batch["sample_id"], batch["image"])
+    }
+    alone = {
+        int(batch["sample_id"]): batch["image"][0] for batch in pipeline(cfg, 1).batches(0, 24)
+    }
+    assert together.keys() == alone.keys()
+    for i, image in together.items():
+        # The canvas is as large as the batch's largest image: sums in another order.
+        torch.testing.assert_close(image, alone[i], rtol=0, atol=1e-5)
+
+
+def test_resident_always_refuses_many_sizes(tmp_path: Path) -> None:
+    cfg = folder(tmp_path, resident=Resident.always)
+    (tmp_path / "train" / "bee" / "002.png").write_bytes(encode(picture(1, 30)))
+    with pytest.raises(DataError, match=r"images of one size.*data\.resident=never"):
+        pipeline(cfg)
+
+
+def test_resident_auto_keeps_to_its_limit(tmp_path: Path) -> None:
+    cfg = folder(tmp_path)
+    assert pipeline(cfg).residents is not None
+    assert pipeline(replace(cfg, resident_limit_mb=0)).residents is None
+
+
+class Blank:
+    """`count` black images of one size."""
+
+    def __init__(self, height: int, width: int, count: int = 8) -> None:
+        self.image = np.zeros((height, width, 3), np.uint8)
+        self.info = SourceInfo("blank", "train", count, ("image", "label"))
+
+    def __len__(self) -> int:
+        return self.info.num_samples
+
+    def read(self, index: int) -> Sample:
+        return {"image": self.image, "label": 0}
+
+    def describe(self, index: int) -> str:
+        return f"blank {index}"
+
+    def labels(self) -> np.ndarray | None:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("image", "encoder", "expected"),
+    [
+        ((32, 32), 8, "encoder=cifar or encoder.image_size=32"),
+        ((8, 8), 32, "encoder=digits or encoder.image_size=8"),
+        ((96, 128), 224, "own size: encoder.image_size=96"),
+        ((32, 32), 32, None),
+        ((256, 341), 224, None),
+    ],
+)
+def test_a_source_of_another_size_than_the_encoder_s_is_warned_of_once(
+    image: tuple[int, int], encoder: int, expected: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = Blank(*image)
+    for _ in TrainPipeline(
+        source,
+        CROP_AND_FLIP,
+        cfg=config(),
+        image_size=encoder,
+        seed=0,
+        share=Share(4),
+        device=CPU,
+    ).batches(0, 3):
+        pass
+    found = [r.getMessage() for r in caplog.records if "the encoder sees" in r.getMessage()]
+    assert len(found) == (expected is not None)
+    if expected:
+        assert f"{image[0]}x{image[1]}" in found[0]
+        assert found[0].endswith(expected)
+
+
+def test_the_encoders_that_the_warning_names_exist() -> None:
+    import yaml
+
+    from vlx.config.paths import conf_dir
+    from vlx.data.pipeline import _ENCODERS
+
+    for side, name in _ENCODERS.items():
+        text = (conf_dir() / "encoder" / f"{name}.yaml").read_text()
+        assert yaml.safe_load(text)["image_size"] == side
+
+
+# --- views
+
+
+def views_of(ops: tuple, images: Tensor, keys: Tensor) -> Tensor:
+    from vlx.data.views import make_views
+
+    sizes = torch.tensor(images.shape[-2:]).expand(len(images), 2)
+    return make_views(images, sizes, keys, (ViewSpec("image", ops=ops),), 32)["image"]
+
+
+def test_moving_pixels_as_uint8_equals_moving_them_as_float() -> None:
+    images = torch.from_numpy(np.stack([picture(i, 32) for i in range(16)])).permute(0, 3, 1, 2)
+    keys = torch.arange(16)
+    ops = (RandomCrop(4), HorizontalFlip())
+    made = views_of(ops, images, keys)
+    from vlx.core import random
+
+    x = images.float() / 255
+    sizes = torch.tensor([32, 32]).expand(16, 2)
+    view_keys = random.key(keys, "image")
+    for position, op in enumerate(ops):
+        x = op(x, sizes, random.uniform(random.key(view_keys, position), op.draws), 32)
+    torch.testing.assert_close(made, x, rtol=0, atol=1e-6)
+    assert made.dtype == torch.float32
+
+
+def test_two_views_of_one_image_differ_and_are_float() -> None:
+    from vlx.data.views import make_views
+
+    images = torch.from_numpy(picture(3, 32)).permute(2, 0, 1)[None].repeat(4, 1, 1, 1)
+    sizes = torch.tensor([32, 32]).expand(4, 2)
+    crop = RandomResizedCrop()
+    specs = (
+        ViewSpec("a", ops=(crop,), size=24),
+        ViewSpec("b", ops=(crop, ColorJitter(brightness=0.4)), size=24),
+        ViewSpec("c", ops=(HorizontalFlip(1.0),), of="a", keep=False),
+        ViewSpec("d", ops=(HorizontalFlip(1.0),), of="c"),
+        ViewSpec("plain", ops=()),
+    )
+    made = make_views(images, sizes, torch.arange(4), specs, 32)
+    assert set(made) == {"a", "b", "d", "plain"}
+    assert not torch.equal(made["a"], made["b"])
+    assert not torch.equal(made["a"][0], made["a"][1])  # another key, another crop
+    assert torch.equal(made["d"], made["a"])
+    assert torch.equal(made["plain"], images.float() * (1 / 255))
+    assert images.dtype == torch.uint8
+
+
+def test_the_host_s_parts_travel_to_a_spawned_worker(tmp_path: Path) -> None:
+    source = open_source(folder(tmp_path), "train")
+    assert pickle.loads(pickle.dumps(source)).read(3)["label"] == source.read(3)["label"]
+
+
+def test_reading_with_workers_leaves_torch_s_generator_alone(tmp_path: Path) -> None:
+    cfg = folder(tmp_path, resident=Resident.never, workers=1)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    list(pipeline(cfg).batches(0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_run_on_a_folder_with_damaged_files_counts_them(tmp_path: Path) -> None:
+    """From the config to results.json, in this process."""
+    from rich.console import Console
+
+    from vlx.commands.start import prepare
+    from vlx.config.compose import compose
+    from vlx.core.results import read_results
+    from vlx.engine.run import execute
+
+    cfg = folder(tmp_path / "images", damaged=3)
+    overrides = [
+        *("data=folder", f"data.path={cfg.path}", "data.corrupt_limit=0.2", "data.workers=0"),
+        *("track=none", "train.batch_size=8", "eval.at_end=[]", f"runs_dir={tmp_path}", "name=run"),
+    ]
+    run_dir = prepare(compose("mae", "pretrain-mim", "smoke", overrides), overrides)
+    try:
+        assert execute(run_dir, console=Console(quiet=True)) == 0
+        assert read_results(run_dir).bad_samples == 3
+        text = (run_dir / "log.txt").read_text()
+        assert text.count("skipped unreadable sample") == 3
+    finally:
+        for handler in logging.getLogger("vlx").handlers[:]:
+            if isinstance(handler, logging.FileHandler):
+                logging.getLogger("vlx").removeHandler(handler)

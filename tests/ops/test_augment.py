@@ -1,0 +1,236 @@
+"""View operations against torchvision's functions with the same parameters."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from vlx.ops.augment import (
+    CenterCrop,
+    ColorJitter,
+    GaussianBlur,
+    HorizontalFlip,
+    RandomCrop,
+    RandomResizedCrop,
+)
+
+OPS = [
+    RandomResizedCrop(),
+    RandomCrop(4),
+    HorizontalFlip(),
+    CenterCrop(),
+    ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
+    GaussianBlur(),
+]
+BATCH = 6
+
+
+def images(count: int = BATCH, height: int = 32, width: int = 32) -> Tensor:
+    return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(0))
+
+
+def sizes_of(x: Tensor) -> Tensor:
+    return torch.tensor(x.shape[-2:]).expand(len(x), 2)
+
+
+def uniforms(count: int, draws: int, seed: int = 0) -> Tensor:
+    return torch.rand(count, draws, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: type(op).__name__)
+def test_an_image_gets_the_same_view_alone_and_in_a_batch(op) -> None:
+    x, u = images(), uniforms(BATCH, op.draws)
+    together = op(x, sizes_of(x), u, 24)
+    for i in range(BATCH):
+        one = slice(i, i + 1)
+        assert torch.equal(op(x[one], sizes_of(x)[one], u[one], 24)[0], together[i])
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: type(op).__name__)
+def test_images_stay_in_range_and_inputs_unchanged(op) -> None:
+    x = images()
+    before = x.clone()
+    out = op(x, sizes_of(x), uniforms(BATCH, op.draws), 24)
+    assert out.min() >= 0
+    assert out.max() <= 1 + 1e-6
+    assert torch.equal(x, before)
+
+
+# --- crops
+
+
+@pytest.mark.parametrize("size", [(40, 60), (7, 90), (224, 224), (1, 1)])
+@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.2, 1.0), (1.0, 1.0)])
+def test_boxes_lie_inside_the_image_in_whole_pixels(
+    size: tuple[int, int], scale: tuple[float, float]
+) -> None:
+    u = torch.cat([uniforms(2000, 4), torch.zeros(1, 4), torch.full((1, 4), 1 - 2**-24)])
+    sizes = torch.tensor(size).expand(len(u), 2)
+    boxes = RandomResizedCrop(scale=scale).boxes(sizes, u)
+    assert torch.equal(boxes, boxes.round())
+    top, left, height, width = boxes.unbind(1)
+    assert (top >= 0).all()
+    assert (left >= 0).all()
+    assert (height >= 1).all()
+    assert (width >= 1).all()
+    assert (top + height <= size[0]).all()
+    assert (left + width <= size[1]).all()
+
+
+def test_boxes_have_the_area_and_ratio_asked_for() -> None:
+    sizes = torch.tensor([1000, 1000]).expand(5000, 2)
+    crop = RandomResizedCrop(scale=(0.1, 0.5))
+    _, _, height, width = crop.boxes(sizes, uniforms(5000, 4)).unbind(1)
+    share = height * width / 1e6
+    assert share.min() > 0.1 - 2e-3  # rounding to whole pixels
+    assert share.max() < 0.5 + 2e-3
+    assert abs(share.mean() - 0.3) < 5 * 0.4 / math.sqrt(12 * 5000)
+    ratio = width / height
+    assert ratio.min() > 3 / 4 - 0.01
+    assert ratio.max() < 4 / 3 + 0.01
+    assert abs(ratio.log().mean()) < 0.02
+
+
+def test_boxes_follow_each_sample_s_own_size() -> None:
+    sizes = torch.tensor([[10, 20], [300, 200]])
+    boxes = RandomResizedCrop(scale=(1.0, 1.0), ratio=(1.0, 1.0)).boxes(sizes, uniforms(2, 4))
+    # Area 200 as a square of 14 does not fit 10 rows: clipped; 300 x 200 clips to 245 x 200.
+    assert boxes[:, 2:].tolist() == [[10, 14], [245, 200]]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize(("padding", "size"), [(4, 32), (0, 24), (3, 20), (8, 48), (2, 50)])
+def test_random_crop_equals_pad_and_crop(dtype: torch.dtype, padding: int, size: int) -> None:
+    x = (images() * 255).to(dtype)
+    op = RandomCrop(padding)
+    u = uniforms(BATCH, 2)
+    out = op(x, sizes_of(x), u, size)
+    assert out.shape == (BATCH, 3, size, size)
+    assert out.dtype == dtype
+    for i, (top, left) in enumerate(op.offsets(sizes_of(x), u, size).tolist()):
+        padded = F.pad(x[i], [padding] * 4)
+        expected = F.crop(padded, top, left, size, size)  # zeros where it runs over
+        assert torch.equal(out[i], expected)
+
+
+def test_random_crop_reaches_every_offset_alike() -> None:
+    sizes = torch.tensor([32, 32]).expand(9000, 2)
+    offsets = RandomCrop(4).offsets(sizes, uniforms(9000, 2), 32)
+    for column in range(2):
+        counts = torch.bincount(offsets[:, column], minlength=9)
+        assert len(counts) == 9
+        assert ((counts - 1000).abs() < 5 * math.sqrt(1000)).all()
+    edge = RandomCrop(4).offsets(sizes[:1], torch.full((1, 2), 1 - 2**-24), 32)
+    assert edge.tolist() == [[8, 8]]
+
+
+def test_center_crop_is_the_central_square() -> None:
+    x = images(2, 40, 60)
+    out = CenterCrop(ratio=0.5)(x, sizes_of(x), uniforms(2, 0), 20)
+    torch.testing.assert_close(out, x[:, :, 10:30, 20:40], rtol=0, atol=1e-6)
+
+
+# --- flips
+
+
+def test_flip_equals_torchvision_and_has_its_probability() -> None:
+    x = images(400, 4, 4)
+    u = uniforms(400, 1)
+    out = HorizontalFlip(0.3)(x, sizes_of(x), u, 4)
+    flipped = u[:, 0] < 0.3
+    assert torch.equal(out[flipped], F.horizontal_flip(x[flipped]))
+    assert torch.equal(out[~flipped], x[~flipped])
+    assert abs(flipped.float().mean() - 0.3) < 5 * math.sqrt(0.21 / 400)
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_flip_never_and_always(p: float) -> None:
+    x = images()
+    u = torch.full((BATCH, 1), 1 - 2**-24)
+    expected = x if p == 0 else x.flip(-1)
+    assert torch.equal(HorizontalFlip(p)(x, sizes_of(x), u, 32), expected)
+
+
+# --- blur
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.7, 1.3, 2.0])
+def test_blur_equals_torchvision_with_the_same_sigma(sigma: float) -> None:
+    x = images(2)
+    op = GaussianBlur(sigma=(0.0, 2.0), p=1.0)
+    u = torch.tensor([[sigma / 2.0, 0.0]]).expand(2, 2)
+    theirs = F.gaussian_blur(x, [13, 13], [sigma, sigma])  # 3 deviations each way at sigma 2
+    torch.testing.assert_close(op(x, sizes_of(x), u, 32), theirs, rtol=0, atol=1e-5)
+
+
+def test_blur_keeps_what_its_probability_leaves() -> None:
+    x = images(2)
+    u = torch.tensor([[0.5, 0.49], [0.5, 0.5]])
+    out = GaussianBlur(p=0.5)(x, sizes_of(x), u, 32)
+    assert not torch.equal(out[0], x[0])
+    assert torch.equal(out[1], x[1])
+
+
+def test_blur_of_an_image_smaller_than_its_kernel() -> None:
+    x = images(2, 5, 5)
+    out = GaussianBlur(p=1.0)(x, sizes_of(x), uniforms(2, 2), 5)
+    assert torch.isfinite(out).all()
+
+
+# --- colour
+
+
+def jitter_with(**factors: float) -> tuple[ColorJitter, Tensor]:
+    """An op and uniforms that draw exactly these factors (hue: a shift in turns)."""
+    names = ("brightness", "contrast", "saturation", "hue")
+    op = replace(ColorJitter(), **dict.fromkeys(factors, 0.5))
+    centre = {"hue": 0.0}
+    u = [0.5 + factors[n] - centre.get(n, 1.0) if n in factors else 0.5 for n in names]
+    return op, torch.tensor([[*u, 0.0]]).expand(BATCH, 5)
+
+
+@pytest.mark.parametrize("factor", [0.6, 0.9, 1.0, 1.4])
+@pytest.mark.parametrize("kind", ["brightness", "contrast", "saturation"])
+def test_colour_factors_equal_torchvision(kind: str, factor: float) -> None:
+    x = images()
+    op, u = jitter_with(**{kind: factor})
+    theirs = getattr(F, f"adjust_{kind}")(x, factor)
+    # torchvision's grey weights have four digits (0.2989, 0.587, 0.114), ours are the standard's
+    # three: up to 1e-4 of the value apart.
+    torch.testing.assert_close(op(x, sizes_of(x), u, 32), theirs, rtol=0, atol=2e-4)
+
+
+def test_no_hue_shift_is_the_same_image() -> None:
+    x = images()
+    op, u = jitter_with(hue=0.0)
+    torch.testing.assert_close(op(x, sizes_of(x), u, 32), x, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shift", [-0.5, -0.1, 0.03, 0.1, 0.3])
+def test_hue_shift_equals_torchvision(shift: float) -> None:
+    x = images()
+    x[0] = 0.5  # grey
+    x[1, :, :16] = torch.eye(3)[:, 0, None, None]  # pure red
+    op, u = jitter_with(hue=shift)
+    theirs = F.adjust_hue(x, shift)
+    torch.testing.assert_close(op(x, sizes_of(x), u, 32), theirs, rtol=0, atol=1e-5)
+
+
+def test_a_full_turn_of_hue_comes_back() -> None:
+    x = images() * 0.5 + 0.25
+    op = ColorJitter(hue=1.0)
+    u = torch.tensor([[0.5, 0.5, 0.5, 1.0, 0.0]]).expand(BATCH, 5)
+    torch.testing.assert_close(op(x, sizes_of(x), u, 32), x, rtol=0, atol=1e-4)
+
+
+def test_jitter_keeps_what_its_probability_leaves() -> None:
+    x = images(2)
+    u = torch.tensor([[0.9] * 4 + [0.79], [0.9] * 4 + [0.8]])
+    out = ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8)(x, sizes_of(x), u, 32)
+    assert not torch.equal(out[0], x[0])
+    assert torch.equal(out[1], x[1])

@@ -1,0 +1,160 @@
+"""`vlx data list|show|preview`: what there is, what it holds, what a method will see of it."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from vlx.config.compose import compose, group_options, parse
+from vlx.config.paths import conf_dir
+from vlx.core import registry
+from vlx.core.errors import ConfigError, DataError, nearest
+from vlx.data.config import DataConfig, Resident
+from vlx.data.decode import decode_image
+from vlx.data.open import SOURCES, open_source
+from vlx.data.source import Source
+from vlx.engine.load import from_dict, run_config
+
+_REQUIRED = {"digits": "sklearn", "parquet": "datasets", "torchvision": "torchvision"}
+_SHOWN_CLASSES = 12
+_SHOWN_SIZES = 3
+_SHOWN_BAD = 10
+
+
+def list_sources(console: Console) -> None:
+    """A table of the kinds of sources, and the names of conf/data."""
+    table = Table("source", "reads", "here")
+    for kind, (_, _, meaning) in SOURCES.items():
+        package = _REQUIRED.get(kind)
+        missing = package is not None and importlib.util.find_spec(package) is None
+        table.add_row(kind, meaning, f"no: pip install {package}" if missing else "yes")
+    console.print(table)
+    console.print(f"data=NAME chooses one of: {', '.join(group_options('data'))}", highlight=False)
+
+
+def data_config(name: str, overrides: Sequence[str]) -> DataConfig:
+    """The config of `name`, a file of conf/data or a kind of source, with `data.key=value`s.
+
+    Raises:
+        VlxError: an unknown name or key, with the nearest, or a value of the wrong type.
+    """
+    file = conf_dir() / "data" / f"{name}.yaml"
+    values: dict[str, Any] = {}
+    if file.is_file():
+        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    elif name in SOURCES:
+        values = {"source": name}
+    else:
+        known = {*SOURCES, *group_options("data")}
+        raise DataError(f"no data source '{name}'. {nearest(name, known)}")
+    keys = [f"data.{field.name}" for field in fields(DataConfig)]
+    for override in parse(overrides):
+        key = override.key_or_group
+        if key not in keys:
+            raise ConfigError(f"unknown key '{key}'. {nearest(key, keys)}")
+        values[key.removeprefix("data.")] = override.value()
+    return from_dict(DataConfig, values, "data.")
+
+
+def show(name: str, overrides: Sequence[str], check: int, console: Console) -> None:
+    """What each split of a source holds, and which of `check` samples cannot be read."""
+    cfg = data_config(name, overrides)
+    table = Table("split", "samples", "fields", "classes", "image sizes", "unreadable")
+    table.add_column("digest", overflow="fold")
+    bad: list[str] = []
+    names: tuple[str, ...] = ()
+    for split in dict.fromkeys((cfg.train_split, cfg.test_split)):
+        try:
+            source = open_source(cfg, split)
+        except DataError as error:
+            if split == cfg.train_split:
+                raise
+            console.print(f"{split}: {error}", highlight=False, soft_wrap=True)
+            continue
+        names = names or source.info.class_names
+        sizes, found, checked = check_samples(source, cfg, check)
+        bad += found
+        table.add_row(
+            split,
+            str(source.info.num_samples),
+            ", ".join(source.info.fields),
+            str(source.info.num_classes or "none"),
+            ", ".join(sizes[:_SHOWN_SIZES]) + (", ..." if len(sizes) > _SHOWN_SIZES else ""),
+            f"{len(found)} of {checked}",
+            source.info.fingerprint,
+        )
+    console.print(table)
+    if names:
+        more = f" and {len(names) - _SHOWN_CLASSES} more" if len(names) > _SHOWN_CLASSES else ""
+        shown = ", ".join(names[:_SHOWN_CLASSES])
+        console.print(f"classes: {shown}{more}", highlight=False, soft_wrap=True, markup=False)
+    for line in bad[:_SHOWN_BAD]:
+        console.print(f"unreadable: {line}", highlight=False, soft_wrap=True, markup=False)
+
+
+def check_samples(source: Source, cfg: DataConfig, count: int) -> tuple[list[str], list[str], int]:
+    """Sizes seen (height x width), unreadable samples with reasons, and how many were decoded."""
+    sizes: dict[str, None] = {}
+    bad: list[str] = []
+    rows = np.unique(np.linspace(0, len(source) - 1, max(1, count)).astype(int))
+    for row in rows.tolist():
+        try:
+            image = decode_image(source.read(row)["image"], cfg.max_pixels, None)
+        except Exception as error:  # as in training: any failure is that sample's
+            bad.append(f"{source.describe(row)}: {error}")
+            continue
+        sizes[f"{image.shape[0]}x{image.shape[1]}"] = None
+    return list(sizes), bad, len(rows)
+
+
+def preview(
+    slug: str, preset: str | None, overrides: Sequence[str], out: Path, samples: int
+) -> Path:
+    """Write a grid, a row a sample: the image as stored, then every view of the first step."""
+    import torch
+    from PIL import Image
+
+    from vlx.data.pipeline import Share, TrainPipeline
+    from vlx.evals.pictures import grid, to_picture
+
+    command = registry.find(slug).paper.commands[0]
+    cfg = run_config(compose(slug, command, preset, overrides))
+    source = open_source(cfg.data, cfg.data.train_split)
+    needs = registry.load(slug).needs(cfg.method)
+    pipeline = TrainPipeline(
+        source,
+        needs,
+        # The same samples and draws as in the run's first step, without decoding all the data.
+        cfg=replace(cfg.data, resident=Resident.never, workers=0),
+        image_size=cfg.encoder.image_size,
+        seed=cfg.seed,
+        share=Share(min(samples, len(source))),
+        device=torch.device("cpu"),
+    )
+    batch = next(pipeline.batches(0, 1))
+    views = [view.name for view in needs.views if view.keep]
+    rows = []
+    for row, index in enumerate(batch["sample_id"].tolist()):
+        stored = decode_image(source.read(index)["image"], cfg.data.max_pixels, cfg.data.max_side)
+        pictures = [_fitted(to_picture(torch.from_numpy(stored.copy()).permute(2, 0, 1) / 255))]
+        pictures += [_fitted(to_picture(batch[name][row])) for name in views]
+        rows.append(pictures)
+    titles = list(enumerate(["stored", *views]))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    picture: Image.Image = grid(rows, titles, gap_before=1)
+    picture.save(out)
+    return out
+
+
+def _fitted(picture: Any, side: int = 160) -> Any:
+    """A picture no longer than `side`."""
+    picture.thumbnail((side, side))
+    return picture

@@ -1,0 +1,188 @@
+"""Trees of image files: PATH/SPLIT/CLASS/*.jpg, PATH/CLASS/*.jpg, or PATH/*.jpg unlabelled."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from vlx.core.errors import DataError, nearest
+from vlx.data.cache import Index, cached_index, digest, pack_names, unpack_name
+from vlx.data.config import DataConfig
+from vlx.data.source import Sample, SourceInfo
+
+log = logging.getLogger("vlx")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+_SPLIT_NAMES = ("train", "training", "test", "testing", "val", "valid", "validation", "dev")
+_TEST_EVERY = 10
+_VERSION = "1"
+_SIZED = 256  # files whose sizes go into the fingerprint
+
+
+class Folder:
+    """`path/split/class/...` with labels from the class folders' names, sorted.
+
+    A tree without split folders (`path/class/...`) is split by vlx: a tenth of the files, chosen
+    by a hash of the name so that it stays when files are added, is `test`, the rest `train`;
+    `all` is everything. Images that lie in no class folder have no label.
+    """
+
+    def __init__(self, cfg: DataConfig, split: str) -> None:
+        root, part = _find_split(cfg, split)
+        stored = cached_index(
+            "folders", digest(_VERSION, str(root.resolve())), lambda: _scan(root), _unchanged
+        )
+        if stored.meta["loose"]:
+            log.warning(f"{root}: {stored.meta['loose']} images lie in no class folder: left out")
+        self._root, self._index = root, stored
+        self._rows = _chosen_rows(stored, part)
+        names = _class_names(cfg, root, part, stored.meta["classes"])
+        self._labels: np.ndarray | None = None
+        if stored.meta["classes"]:
+            place = np.array([names.index(name) for name in stored.meta["classes"]], dtype=np.int64)
+            self._labels = place[stored.arrays["labels"][self._rows]]
+        self.info = SourceInfo(
+            name=f"{root.parent.name}/{root.name}" if part == "all" else root.name,
+            split=split,
+            num_samples=len(self._rows),
+            fields=("image", "label") if names else ("image",),
+            class_names=names,
+            fingerprint=self._fingerprint(split),
+        )
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def read(self, index: int) -> Sample:
+        sample: Sample = {"image": Path(self.describe(index)).read_bytes()}
+        if self._labels is not None:
+            sample["label"] = int(self._labels[index])
+        return sample
+
+    def describe(self, index: int) -> str:
+        return str(self._root / unpack_name(self._index, int(self._rows[index])))
+
+    def labels(self) -> np.ndarray | None:
+        return self._labels
+
+    def _fingerprint(self, split: str) -> str:
+        """Digest of all names, and of the sizes of some files."""
+        result = hashlib.sha256(f"{self._index.meta['digest']}:{split}".encode())
+        if len(self._rows):
+            for index in np.unique(np.linspace(0, len(self._rows) - 1, _SIZED).astype(int)):
+                file = Path(self.describe(int(index)))
+                result.update(str(file.stat().st_size if file.exists() else -1).encode())
+        return result.hexdigest()[:16]
+
+
+def _find_split(cfg: DataConfig, split: str) -> tuple[Path, str]:
+    """The folder that holds a split, and which part of it: all, train or test."""
+    if cfg.path is None:
+        raise DataError("data.path is missing: the folder of images")
+    root = Path(cfg.path).expanduser()
+    if not root.is_dir():
+        raise DataError(f"data.path: {root} is not a folder")
+    if (root / split).is_dir():
+        return root / split, "all"
+    folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    splits = [name for name in folders if name.lower() in (*_SPLIT_NAMES, cfg.train_split)]
+    key = "data.test_split" if split == cfg.test_split else "data.train_split"
+    if splits:
+        raise DataError(
+            f"{root} has no folder '{split}', but {', '.join(splits)}. Use {key}={splits[-1]}"
+        )
+    if split not in ("train", "test", "all"):
+        raise DataError(
+            f"{root} has no folder '{split}'. {nearest(split, folders)} A tree without split "
+            f"folders has {key}=train, test and all"
+        )
+    return root, split
+
+
+def _images_in(folder: Path) -> Iterator[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            hidden = entry.name.startswith(".")
+            if entry.name.lower().endswith(SUFFIXES) and not hidden and entry.is_file():
+                yield entry
+
+
+def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
+    """A folder and all below it, links followed, each once."""
+    status = folder.stat()
+    if (status.st_dev, status.st_ino) in seen:
+        return
+    seen.add((status.st_dev, status.st_ino))
+    yield folder
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.is_dir() and not entry.name.startswith("."):
+            yield from _walk(Path(entry.path), seen)
+
+
+def _scan(root: Path) -> Index:
+    """Names relative to `root`, labels by class folder, and every folder's time of change."""
+    names: list[bytes] = []
+    labels: list[int] = []
+    folders: dict[str, int] = {".": root.stat().st_mtime_ns}
+    classes: list[str] = []
+    tops = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
+    for top in tops:
+        label = len(classes)
+        classes.append(top)
+        for folder in _walk(root / top, {(root.stat().st_dev, root.stat().st_ino)}):
+            folders[str(folder.relative_to(root))] = folder.stat().st_mtime_ns
+            inside = str(folder.relative_to(root))
+            for name in sorted(entry.name for entry in _images_in(folder)):
+                names.append(os.fsencode(f"{inside}/{name}"))
+                labels.append(label)
+    direct = sorted(entry.name for entry in _images_in(root))
+    loose = len(direct) if names else 0
+    if not names:
+        names, classes = [os.fsencode(name) for name in direct], []
+        labels = [-1] * len(names)
+    arrays = pack_names(names)
+    arrays["labels"] = np.array(labels, dtype=np.int32)
+    arrays["tests"] = np.array([zlib.crc32(n) % _TEST_EVERY == 0 for n in names], dtype=bool)
+    content = hashlib.sha256(b"\0".join(names)).hexdigest()
+    meta = {"classes": classes, "folders": folders, "loose": loose, "digest": content}
+    return Index(arrays, {**meta, "root": str(root)})
+
+
+def _unchanged(index: Index) -> bool:
+    """Whether every folder is as it was: adding or removing a file changes its folder's time."""
+    root = Path(index.meta["root"])
+    try:
+        return all(
+            (root / name).stat().st_mtime_ns == time for name, time in index.meta["folders"].items()
+        )
+    except OSError:
+        return False
+
+
+def _chosen_rows(index: Index, part: str) -> np.ndarray:
+    tests = np.asarray(index.arrays["tests"])
+    if part == "all":
+        return np.arange(len(tests))
+    return np.flatnonzero(tests if part == "test" else ~tests)
+
+
+def _class_names(cfg: DataConfig, root: Path, part: str, found: list[str]) -> tuple[str, ...]:
+    """Names of the training split's class folders, so that labels agree between splits."""
+    train = root.parent / cfg.train_split
+    if part != "all" or root == train or not train.is_dir() or not found:
+        return tuple(found)
+    names = sorted(e.name for e in train.iterdir() if e.is_dir() and not e.name.startswith("."))
+    if not names:
+        return tuple(found)
+    new = sorted(set(found) - set(names))
+    if new:
+        raise DataError(
+            f"{root} has class folders that {train} lacks: {', '.join(new[:5])}. "
+            f"{nearest(new[0], names)}"
+        )
+    return tuple(names)
