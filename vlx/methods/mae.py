@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from vlx.blocks.init import xavier_init, xavier_init_patch_embed
 from vlx.blocks.mim_decoder import MAEDecoder
 from vlx.core.capability import Capability, Reconstruction
 from vlx.core.config import MethodConfig
@@ -21,6 +20,7 @@ from vlx.core.fields import Batch, Needs, ViewSpec
 from vlx.core.method import Builder, StepContext, StepOutput, Trainable
 from vlx.core.paper import Paper
 from vlx.encoders.base import EncoderFeatures
+from vlx.encoders.init import mae_init
 from vlx.ops.augment import HorizontalFlip, RandomResizedCrop
 from vlx.ops.masking import random_masking
 from vlx.ops.patches import patchify, unpatchify, upsample_mask
@@ -64,10 +64,7 @@ class Mae(Trainable):
 
     def __init__(self, cfg: MaeConfig, build: Builder) -> None:
         super().__init__(cfg, build)
-        self.encoder = build.vision(pos_embed="sincos")
-        xavier_init(self.encoder)
-        xavier_init_patch_embed(self.encoder.vit.patch_embed.proj)
-        self.encoder.vit.cls_token.data.normal_(std=0.02)
+        self.encoder = build.vision(init=mae_init, pos_embed="sincos")
         spec = self.encoder.spec
         self.decoder = MAEDecoder(
             encoder_dim=spec.dim,
