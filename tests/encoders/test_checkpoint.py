@@ -18,7 +18,14 @@ from vlx.encoders.checkpoint import load_encoder
 from vlx.encoders.config import EncoderConfig
 from vlx.encoders.timm_vit import TimmVit
 
-SMALL = dict(name="vit_tiny_patch16_224", image_size=16, patch_size=4, dim=24, depth=2, heads=3)
+SMALL = {
+    "name": "vit_tiny_patch16_224",
+    "image_size": 16,
+    "patch_size": 4,
+    "dim": 24,
+    "depth": 2,
+    "heads": 3,
+}
 
 
 def encoder(**changes: object) -> TimmVit:
@@ -99,7 +106,7 @@ def test_a_run_directory_loads_and_its_average_is_preferred(tmp_path: Path) -> N
     plain = run_directory(tmp_path / "plain", state, {})
     averaged = {n: p.detach() + 1 for n, p in method.named_parameters() if p.requires_grad}
     ema = run_directory(tmp_path / "ema", state, averaged)
-    sizes = dict(image_size=8, patch_size=2, dim=48, depth=2)
+    sizes = {"image_size": 8, "patch_size": 2, "dim": 48, "depth": 2}
     loaded = build_from(plain, **sizes).vit.norm.weight
     assert torch.equal(loaded, state["encoder.vit.norm.weight"])
     loaded = build_from(ema, **sizes).vit.norm.weight

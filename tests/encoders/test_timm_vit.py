@@ -25,7 +25,7 @@ VARIANTS = [
 def make(name: str, **changes: object) -> TimmVit:
     """Two blocks of width 48 on 4x4 patches, every parameter with a value of its own."""
     patch = 14 if "patch14" in name else 16
-    sizes = dict(image_size=4 * patch, patch_size=patch, dim=48, depth=2, heads=3)
+    sizes = {"image_size": 4 * patch, "patch_size": patch, "dim": 48, "depth": 2, "heads": 3}
     encoder = TimmVit(EncoderConfig(name=name, **{**sizes, **changes}))  # type: ignore[arg-type]
     for index, param in enumerate(encoder.parameters()):
         generator = torch.Generator().manual_seed(index)
@@ -131,15 +131,21 @@ def test_sincos_leaves_the_table_fixed_and_learned_trains_it() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (dict(name="vit_tiny_patch16_242"), "no timm model 'vit_tiny_patch16_242'. Did you mean"),
-        (dict(name="resnet18"), "not|does not take"),
-        (dict(name="swin_tiny_patch4_window7_224"), "not a plain ViT|does not take"),
-        (dict(image_size=63), "image_size=63 is not a multiple of the patch size 16"),
-        (dict(dim=50), "does not take"),
+        ({"name": "vit_tiny_patch16_242"}, "no timm model 'vit_tiny_patch16_242'. Did you mean"),
+        ({"name": "resnet18"}, "not|does not take"),
+        ({"name": "swin_tiny_patch4_window7_224"}, "not a plain ViT|does not take"),
+        ({"image_size": 63}, "image_size=63 is not a multiple of the patch size 16"),
+        ({"dim": 50}, "does not take"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(changes: dict, words: str) -> None:
-    sizes = dict(name="vit_tiny_patch16_224", image_size=64, patch_size=16, dim=48, depth=1)
+    sizes = {
+        "name": "vit_tiny_patch16_224",
+        "image_size": 64,
+        "patch_size": 16,
+        "dim": 48,
+        "depth": 1,
+    }
     with pytest.raises(ConfigError, match=words) as caught:
         TimmVit(EncoderConfig(**{**sizes, "heads": 3, **changes}))  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)

@@ -305,8 +305,8 @@ def test_a_checkpoint_survives_the_papers_initialisation(tmp_path) -> None:
     loaded = Mae(MaeConfig(decoder_dim=16), EncoderBuilder({"encoder": encoder}, 0))
     for name, value in source.encoder.state_dict().items():
         assert torch.equal(loaded.encoder.state_dict()[name], value), name
+    wrong = replace(encoder, checkpoint=str(tmp_path / "none.pth"))
     with pytest.raises(CheckpointError, match="no checkpoint"):
-        wrong = replace(encoder, checkpoint=str(tmp_path / "none.pth"))
         Mae(MaeConfig(decoder_dim=16), EncoderBuilder({"encoder": wrong}, 0))
 
 
