@@ -12,7 +12,19 @@ def xavier_init(module: nn.Module) -> None:
             nn.init.xavier_uniform_(part.weight)
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
-        elif isinstance(part, nn.LayerNorm):
+        elif isinstance(part, nn.LayerNorm) and part.elementwise_affine:
+            nn.init.ones_(part.weight)
+            nn.init.zeros_(part.bias)
+
+
+def trunc_normal_init(module: nn.Module) -> None:
+    """BEiT's and DINO's scheme: Linear truncated normal 0.02, zero bias, LayerNorm 1 and 0."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.trunc_normal_(part.weight, std=0.02)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.LayerNorm) and part.elementwise_affine:
             nn.init.ones_(part.weight)
             nn.init.zeros_(part.bias)
 

@@ -14,15 +14,18 @@ from vlx.ops.tokens import gather_tokens
 class MaskTokens(nn.Module):
     """Projects encoded tokens and puts a learned token at every hidden place (MAE, sec. 3)."""
 
-    def __init__(self, encoder_dim: int, dim: int, grid: tuple[int, int]) -> None:
+    def __init__(
+        self, encoder_dim: int, dim: int, grid: tuple[int, int], num_prefix: int = 1
+    ) -> None:
         super().__init__()
         self.embed = nn.Linear(encoder_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(sincos_2d(grid, dim, 1)[None], requires_grad=False)
+        table = sincos_2d(grid, dim, num_prefix)
+        self.pos_embed = nn.Parameter(table[None], requires_grad=False)
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, prefix: Tensor, visible: Tensor, restore: Tensor) -> Tensor:
-        """prefix (B, 1, D), visible (B, K, D), restore (B, N). Returns (B, 1 + N, dim)."""
+        """prefix (B, P, D), visible (B, K, D), restore (B, N). Returns (B, P + N, dim)."""
         cls, visible = self.embed(torch.cat([prefix, visible], 1)).split(
             [prefix.shape[1], visible.shape[1]], dim=1
         )
@@ -44,17 +47,19 @@ class MAEDecoder(nn.Module):
         dim: int,
         depth: int,
         heads: int,
+        num_prefix: int = 1,
     ) -> None:
         super().__init__()
-        self.tokens = MaskTokens(encoder_dim, dim, grid)
+        self.num_prefix = num_prefix
+        self.tokens = MaskTokens(encoder_dim, dim, grid, num_prefix)
         self.blocks = nn.ModuleList(Block(dim, heads, qkv_bias=True) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, patch_values)
         xavier_init(self)
 
     def forward(self, prefix: Tensor, visible: Tensor, restore: Tensor) -> Tensor:
-        """prefix (B, 1, D), visible (B, K, D), restore (B, N). Returns (B, N, patch_values)."""
-        x = self.tokens(prefix, visible, restore)  # (B, 1 + N, dim)
+        """prefix (B, P, D), visible (B, K, D), restore (B, N). Returns (B, N, patch_values)."""
+        x = self.tokens(prefix, visible, restore)  # (B, P + N, dim)
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x))[:, 1:]
+        return self.head(self.norm(x))[:, self.num_prefix :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -82,8 +83,17 @@ class Builder(Protocol):
     @property
     def image_size(self) -> int: ...
 
-    def vision(self, role: str = "encoder", **architecture: Any) -> Any:
-        """A `VisionEncoder`; keywords fix what the paper fixes (position embedding, ...)."""
+    def vision(
+        self,
+        role: str = "encoder",
+        *,
+        init: Callable[[Any], None] | None = None,
+        **architecture: Any,
+    ) -> Any:
+        """A `VisionEncoder`; keywords fix what the paper fixes (position embedding, ...).
+
+        init: the paper's initialisation, applied to the encoder before any checkpoint is loaded.
+        """
         ...
 
 

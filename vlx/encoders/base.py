@@ -52,6 +52,21 @@ class VisionEncoder(nn.Module):
 
     spec: EncoderSpec
 
+    @property
+    def backbone(self) -> nn.Module:
+        """The module whose parameter names are those of the published weights."""
+        raise NotImplementedError
+
+    @property
+    def patch_conv(self) -> nn.Conv2d:
+        """The convolution that makes the patch tokens; papers initialise it in their own way."""
+        raise NotImplementedError
+
+    @property
+    def prefix_tokens(self) -> tuple[nn.Parameter, ...]:
+        """Learned class and register tokens."""
+        raise NotImplementedError
+
     def set_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Make mean and std buffers that are not saved: they are configuration, not weights."""
         self.register_buffer("mean", torch.tensor(list(mean)).view(1, -1, 1, 1), persistent=False)

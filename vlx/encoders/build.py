@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,8 @@ from vlx.core.errors import ConfigError
 from vlx.encoders.base import VisionEncoder
 from vlx.encoders.checkpoint import load_encoder
 from vlx.encoders.config import EncoderConfig, PosEmbed
-from vlx.encoders.timm_vit import TimmVit
+from vlx.encoders.conv_mae import ConvMae, is_conv_mae
+from vlx.encoders.timm_vit import TimmVit, load_published
 
 
 class EncoderBuilder:
@@ -29,8 +30,17 @@ class EncoderBuilder:
         assert encoder is not None
         return encoder.image_size
 
-    def vision(self, role: str = "encoder", **architecture: Any) -> VisionEncoder:
-        """The encoder of a role; keywords (`pos_embed="sincos"`) fix what the paper fixes."""
+    def vision(
+        self,
+        role: str = "encoder",
+        *,
+        init: Callable[[VisionEncoder], None] | None = None,
+        **architecture: Any,
+    ) -> VisionEncoder:
+        """The encoder of a role; keywords (`pos_embed="sincos"`) fix what the paper fixes.
+
+        init: the paper's initialisation, applied before any published or saved weights are loaded.
+        """
         cfg = self.roles.get(role)
         if cfg is None:
             raise ConfigError(
@@ -39,7 +49,12 @@ class EncoderBuilder:
         if "pos_embed" in architecture:
             architecture["pos_embed"] = PosEmbed(architecture["pos_embed"])
         cfg = replace(cfg, **architecture)
-        encoder = TimmVit(cfg)
-        if cfg.checkpoint and self.load_weights:
-            load_encoder(encoder.vit, cfg.checkpoint)
+        encoder = ConvMae(cfg) if is_conv_mae(cfg.name) else TimmVit(cfg)
+        if init is not None:
+            init(encoder)
+        if self.load_weights and cfg.pretrained:
+            load_published(encoder, cfg)
+        if self.load_weights and cfg.checkpoint:
+            prefix = encoder.spec.num_prefix
+            load_encoder(encoder.backbone, cfg.checkpoint, grid=encoder.spec.grid, prefix=prefix)
         return encoder

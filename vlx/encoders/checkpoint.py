@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from vlx.core.errors import CheckpointError
+
+log = logging.getLogger("vlx")
 
 # Keys of published files that are not the encoder's: decoders, heads, momentum copies.
 _NOT_ENCODER = ("decoder", "mask_token", "head.", "fc_norm.", "mimic", "teacher.", "momentum")
@@ -16,10 +21,16 @@ _PREFIXES = ("encoder.vit.", "vit.", "module.", "backbone.", "encoder.")
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict of a file or a vlx run directory; pickles are read with `weights_only`."""
+    """The state dict of a file or a vlx run directory; pickles are read with `weights_only`.
+
+    Of a run that kept a moving average, the averaged weights: those that its results are of.
+    """
     file = Path(path).expanduser()
     if file.is_dir():
         file = _weights_of_run(file)
+        averaged = file.with_name("ema.safetensors")
+        if averaged.is_file():
+            return load_file(file) | load_file(averaged)
     if not file.is_file():
         raise CheckpointError(
             f"no checkpoint at {path}: give a run directory, .safetensors or .pth"
@@ -66,10 +77,22 @@ def encoder_state(state: dict[str, Tensor], names: set[str]) -> dict[str, Tensor
     return {}
 
 
-def load_encoder(encoder: nn.Module, path: str | Path) -> None:
-    """Load `path` into timm's ViT, strictly; a mismatch loads nothing and names the keys."""
+def load_encoder(
+    encoder: nn.Module,
+    path: str | Path,
+    *,
+    grid: tuple[int, int] | None = None,
+    prefix: int = 0,
+) -> None:
+    """Load `path` into a backbone, strictly; a mismatch loads nothing and names the keys.
+
+    grid, prefix: the backbone's patches (rows, columns) and its class and register tokens. With
+    them a square position table of another image size is resampled (bicubic) to the grid.
+    """
     own = encoder.state_dict()
     state = encoder_state(read_weights(path), set(own))
+    if grid is not None:
+        _fit_positions(own, state, grid, prefix)
     missing = sorted(own.keys() - state.keys())
     unexpected = sorted(state.keys() - own.keys())
     reshaped = [
@@ -82,3 +105,19 @@ def load_encoder(encoder: nn.Module, path: str | Path) -> None:
         report = "; ".join(f"{len(k)} {what}: {', '.join(k[:3])}" for what, k in parts if k)
         raise CheckpointError(f"{path} does not fit the encoder, nothing was loaded. {report}")
     encoder.load_state_dict(state)
+
+
+def _fit_positions(
+    own: dict[str, Tensor], state: dict[str, Tensor], grid: tuple[int, int], prefix: int
+) -> None:
+    """Resample `state["pos_embed"]` to `grid` where only the number of places differs."""
+    table, wanted = state.get("pos_embed"), own.get("pos_embed")
+    if table is None or wanted is None or table.ndim != 3 or table.shape[-1] != wanted.shape[-1]:
+        return
+    rows = wanted.shape[1] - grid[0] * grid[1]  # table rows that belong to prefix tokens
+    count = table.shape[1] - rows
+    if table.shape == wanted.shape or rows not in (0, prefix) or math.isqrt(count) ** 2 != count:
+        return
+    old = math.isqrt(count)
+    log.info(f"position table resampled from {old}x{old} to {grid[0]}x{grid[1]} patches")
+    state["pos_embed"] = resample_abs_pos_embed(table, list(grid), [old, old], rows)

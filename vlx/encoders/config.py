@@ -35,5 +35,7 @@ class EncoderConfig:
     """Per-channel mean of RGB in 0..1; ImageNet's."""
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     """Per-channel standard deviation of RGB in 0..1; ImageNet's."""
+    pretrained: bool = False
+    """Start from timm's published weights of that name; the first use downloads them."""
     checkpoint: str | None = None
     """Weights to start from: a vlx run directory, a .safetensors or a .pth file."""

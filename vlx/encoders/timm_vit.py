@@ -42,6 +42,19 @@ class TimmVit(VisionEncoder):
             table = sincos_2d(self.spec.grid, self.spec.dim, prefix)
             self.vit.pos_embed = nn.Parameter(table[None], requires_grad=False)
 
+    @property
+    def backbone(self) -> VisionTransformer:
+        return self.vit
+
+    @property
+    def patch_conv(self) -> nn.Conv2d:
+        return self.vit.patch_embed.proj  # type: ignore[return-value]
+
+    @property
+    def prefix_tokens(self) -> tuple[nn.Parameter, ...]:
+        tokens = (self.vit.cls_token, self.vit.reg_token)
+        return tuple(token for token in tokens if token is not None)
+
     def embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Normalised images to block input (B, P + N or K, D); positions precede the dropping."""
         vit = self.vit
@@ -50,9 +63,8 @@ class TimmVit(VisionEncoder):
         else:
             x = self._embed_kept(images, keep)  # (B, K, D)
         prefix = x.new_zeros(1, 0, x.shape[-1])
-        for token in (vit.cls_token, vit.reg_token):
-            if token is not None:
-                prefix = torch.cat([prefix, token], dim=1)
+        for token in self.prefix_tokens:
+            prefix = torch.cat([prefix, token], dim=1)
         if vit.pos_embed is not None:
             if vit.no_embed_class:
                 positions = vit.pos_embed
@@ -92,10 +104,8 @@ class TimmVit(VisionEncoder):
         return EncoderOut(tokens=x[:, count:], prefix=x[:, :count], layers=taps)
 
 
-def _create(cfg: EncoderConfig) -> VisionTransformer:
-    if not timm.is_model(cfg.name):
-        known = timm.list_models("*vit*")
-        raise ConfigError(f"encoder.name: no timm model '{cfg.name}'. {nearest(cfg.name, known)}")
+def create_arguments(cfg: EncoderConfig) -> dict[str, Any]:
+    """What `timm.create_model(cfg.name, ...)` needs to build this encoder's backbone."""
     sizes: dict[str, Any] = {
         "img_size": cfg.image_size,
         "patch_size": cfg.patch_size,
@@ -104,12 +114,44 @@ def _create(cfg: EncoderConfig) -> VisionTransformer:
         "num_heads": cfg.heads,
     }
     sizes = {key: value for key, value in sizes.items() if value is not None}
+    return {"num_classes": 0, "global_pool": "token", **sizes}
+
+
+def load_published(encoder: VisionEncoder, cfg: EncoderConfig) -> None:
+    """Load timm's published weights of `cfg.name`, downloading them on first use.
+
+    Raises `ConfigError` when the encoder would see pixels at another scale than they were
+    trained with: a silent fault otherwise.
+    """
+    if not isinstance(encoder, TimmVit):
+        raise ConfigError(f"encoder.pretrained: timm publishes no weights of {cfg.name}")
+    check_statistics(cfg)
+    loaded = timm.create_model(cfg.name, pretrained=True, **create_arguments(cfg))
+    encoder.vit.load_state_dict(loaded.state_dict())
+
+
+def check_statistics(cfg: EncoderConfig) -> None:
+    """Raise `ConfigError` unless mean and std are those of the published weights."""
+    published = timm.get_pretrained_cfg(cfg.name)
+    if published is None:
+        raise ConfigError(f"encoder.pretrained: timm publishes no weights of {cfg.name}")
+    for key, own in (("mean", cfg.mean), ("std", cfg.std)):
+        wanted = [float(value) for value in getattr(published, key)]
+        if any(abs(a - b) > 1e-4 for a, b in zip(own, wanted, strict=True)):
+            raise ConfigError(
+                f"{key}={own} is not that of the weights {cfg.name}: set {key}={wanted} beside name"
+            )
+
+
+def _create(cfg: EncoderConfig) -> VisionTransformer:
+    if not timm.is_model(cfg.name):
+        known = timm.list_models("*vit*")
+        raise ConfigError(f"encoder.name: no timm model '{cfg.name}'. {nearest(cfg.name, known)}")
+    arguments = create_arguments(cfg)
     try:
-        model = timm.create_model(
-            cfg.name, num_classes=0, drop_path_rate=cfg.drop_path, global_pool="token", **sizes
-        )
+        model = timm.create_model(cfg.name, drop_path_rate=cfg.drop_path, **arguments)
     except (TypeError, AssertionError, RuntimeError) as error:
-        raise ConfigError(f"encoder.name={cfg.name} does not take {sizes}: {error}") from error
+        raise ConfigError(f"encoder.name={cfg.name} does not take {arguments}: {error}") from error
     if not isinstance(model, VisionTransformer) or model.patch_embed.grid_size is None:
         raise ConfigError(
             f"encoder.name={cfg.name} is a {type(model).__name__}, not a plain ViT. "

@@ -13,18 +13,19 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from vlx.blocks.init import xavier_init, xavier_init_patch_embed
 from vlx.blocks.mim_decoder import MAEDecoder
-from vlx.core.capability import Capability, Reconstruction
+from vlx.core.capability import Capability
 from vlx.core.config import MethodConfig
 from vlx.core.fields import Batch, Needs, ViewSpec
 from vlx.core.method import Builder, StepContext, StepOutput, Trainable
 from vlx.core.paper import Paper
 from vlx.encoders.base import EncoderFeatures
+from vlx.encoders.init import mae_init
+from vlx.families.masked import PatchReconstruction
 from vlx.ops.augment import HorizontalFlip, RandomResizedCrop
 from vlx.ops.masking import random_masking
-from vlx.ops.patches import patchify, unpatchify, upsample_mask
-from vlx.ops.targets import masked_patch_mse, norm_pix, patch_statistics
+from vlx.ops.patches import patchify
+from vlx.ops.targets import masked_patch_mse, norm_pix, undo_norm_pix
 
 PAPER = Paper(
     number=0,
@@ -64,10 +65,7 @@ class Mae(Trainable):
 
     def __init__(self, cfg: MaeConfig, build: Builder) -> None:
         super().__init__(cfg, build)
-        self.encoder = build.vision(pos_embed="sincos")
-        xavier_init(self.encoder)
-        xavier_init_patch_embed(self.encoder.vit.patch_embed.proj)
-        self.encoder.vit.cls_token.data.normal_(std=0.02)
+        self.encoder = build.vision(init=mae_init, pos_embed="sincos")
         spec = self.encoder.spec
         self.decoder = MAEDecoder(
             encoder_dim=spec.dim,
@@ -98,27 +96,15 @@ class Mae(Trainable):
         visible = self.encoder(images, keep=keep, normalised=True)  # tokens (B, K, D)
         return self.decoder(visible.prefix, visible.tokens, restore), mask
 
+    def paint(self, images: Tensor, ctx: StepContext) -> tuple[Tensor, Tensor]:
+        """As `predict`, with every patch at its own mean and deviation."""
+        pred, mask = self.predict(images, ctx)
+        if self.cfg.norm_pix_loss:
+            pred = undo_norm_pix(pred, patchify(images, self.encoder.spec.patch_size))
+        return pred, mask
+
     def exports(self) -> tuple[Capability, ...]:
-        return EncoderFeatures(self.encoder), MaeReconstruction(self)
-
-
-class MaeReconstruction(Reconstruction):
-    """Hidden patches filled with the prediction, at each patch's own mean and deviation."""
-
-    def __init__(self, method: Mae) -> None:
-        self.method = method
-
-    def reconstruct(self, images: Tensor, ctx: StepContext) -> tuple[Tensor, Tensor]:
-        encoder = self.method.encoder
-        patch, grid = encoder.spec.patch_size, encoder.spec.grid
-        normalised = encoder.normalise(images)
-        pred, mask = self.method.predict(normalised, ctx)
-        if self.method.cfg.norm_pix_loss:
-            mean, std = patch_statistics(patchify(normalised, patch))
-            pred = pred * std + mean
-        painted = encoder.denormalise(unpatchify(pred, patch, grid)).clamp(0, 1)
-        hidden = upsample_mask(mask, patch, grid)  # (B, 1, H, W)
-        return images.masked_fill(hidden, 0.5), images.where(~hidden, painted)
+        return EncoderFeatures(self.encoder), PatchReconstruction(self.encoder, self.paint)
 
 
 METHOD = Mae

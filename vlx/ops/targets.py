@@ -27,6 +27,12 @@ def norm_pix(patches: Tensor) -> Tensor:
     return (patches - statistics.mean) / statistics.std
 
 
+def undo_norm_pix(pred: Tensor, patches: Tensor) -> Tensor:
+    """Predictions of `norm_pix(patches)` as pixels, at each patch's own mean and deviation."""
+    statistics = patch_statistics(patches)
+    return pred * statistics.std + statistics.mean
+
+
 def masked_patch_mse(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Mean over hidden patches of the mean squared error per patch (MAE, sec. 3).
 
