@@ -30,6 +30,10 @@ class CheckpointError(VlxError):
     """A checkpoint that is missing, damaged, or of another architecture."""
 
 
+class StorageError(VlxError):
+    """A file that cannot be written: full disk, read-only place, file-size limit."""
+
+
 class DivergedError(VlxError):
     """The loss stayed non-finite for more steps than `train.max_skipped_steps` allows."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,15 @@ class ParamGroup:
     """None takes the run's weight decay."""
 
 
+@runtime_checkable
+class Layered(Protocol):
+    """A module whose parameters lie in layers: encoders."""
+
+    def layer_depths(self) -> dict[str, int]:
+        """Parameter-name prefix to depth, 0 = nearest to the input."""
+        ...
+
+
 class Builder(Protocol):
     """Makes the parts that a recipe chooses, so that a method never sees the config tree."""
 
@@ -137,11 +146,20 @@ class Trainable(Method):
         ]
 
     def layer_depths(self) -> dict[str, int]:
-        """Parameter-name prefix to depth, for layer-wise lr decay; empty when it has no layers."""
-        return {}
+        """Parameter-name prefix to depth, for layer-wise lr decay: those of the trained encoders.
+
+        What no prefix names (heads, final norms, decoders) keeps the full rate.
+        """
+        found: dict[str, int] = {}
+        for name, part in self.named_modules():
+            trained = any(param.requires_grad for param in part.parameters())
+            if trained and part is not self and isinstance(part, Layered):
+                found |= {f"{name}.{prefix}": d for prefix, d in part.layer_depths().items()}
+        return found
 
     def begin_epoch(self, ctx: StepContext) -> None:
-        """Called before the first step of an epoch."""
+        """Called before the first step of an epoch, and not again by a resume in its middle: what
+        it sets must be part of the state dict."""
 
     def before_update(self, ctx: StepContext) -> None:
         """Between backward and the optimizer: freeze a layer's gradient, clip per tensor."""

@@ -40,6 +40,12 @@ def _mix_number(x: int) -> int:
     return x - (1 << 64) if x >> 63 else x
 
 
+def step_seed(seed: int, step: int, rank: int, micro: int) -> int:
+    """A seed for torch's own generators before each micro-batch, so that dropout, which asks
+    nobody, is a function of these four integers too."""
+    return zlib.crc32(f"{seed}/{step}/{rank}/{micro}".encode())
+
+
 def key(ids: Tensor, *salts: int | str) -> Tensor:
     """One int64 key per id, `(B,)`, from the ids and any number of integers or names."""
     result = ids.to(torch.int64)

@@ -80,6 +80,10 @@ class VisionEncoder(nn.Module):
         """The inverse of `normalise`."""
         return images * self.std + self.mean  # type: ignore[operator]
 
+    def layer_depths(self) -> dict[str, int]:
+        """Parameter-name prefix to depth for layer-wise lr decay (`core.method.Layered`)."""
+        return {}
+
     def forward(
         self,
         images: Tensor,

@@ -55,6 +55,12 @@ class TimmVit(VisionEncoder):
         tokens = (self.vit.cls_token, self.vit.reg_token)
         return tuple(token for token in tokens if token is not None)
 
+    def layer_depths(self) -> dict[str, int]:
+        """The embedding is 0, block i (from 0) is i + 1; the final norm belongs to no layer."""
+        stem = ("patch_embed", "cls_token", "reg_token", "pos_embed", "norm_pre")
+        depths = {f"vit.{name}": 0 for name in stem}
+        return depths | {f"vit.blocks.{i}": i + 1 for i in range(self.spec.depth)}
+
     def embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Normalised images to block input (B, P + N or K, D); positions precede the dropping."""
         vit = self.vit

@@ -7,23 +7,27 @@ synced to disk and renamed; older ones are removed only after the new one is in 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vlx.core.errors import CheckpointError
+from vlx.core.files import explain_write
 
 FORMAT = 1
 _TMP = ".tmp-"
+_GROUP_STEP = "group_step"
 
 
 @dataclass
@@ -46,28 +50,38 @@ def save(directory: Path, snapshot: Snapshot) -> Path:
     try:
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
-        for name, tensors in _parts(snapshot).items():
-            save_file({key: value.contiguous() for key, value in tensors.items()}, tmp / name)
-        (tmp / "state.json").write_text(json.dumps({"format": FORMAT, **snapshot.state}, indent=1))
-        manifest = {file.name: _digest(file) for file in sorted(tmp.iterdir())}
-        for file in tmp.iterdir():
-            _sync(file)
-        (tmp / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        _sync(tmp / "manifest.json")
-        _sync(tmp)
-        if final.exists():
-            shutil.rmtree(final)
-        os.rename(tmp, final)
-        _sync(directory)
+        _write(tmp, snapshot)
+        _replace(tmp, final)
     except OSError as error:
         shutil.rmtree(tmp, ignore_errors=True)
-        raise CheckpointError(_explain(error, directory)) from error
-    except Exception as error:  # safetensors reports a full disk as its own error
-        shutil.rmtree(tmp, ignore_errors=True)
-        if "os error 28" in str(error) or "No space" in str(error):
-            raise CheckpointError(_explain(OSError(errno.ENOSPC, ""), directory)) from error
-        raise
+        raise CheckpointError(explain_write(error, final)) from error
     return final
+
+
+def _write(tmp: Path, snapshot: Snapshot) -> None:
+    for name, tensors in _parts(snapshot).items():
+        try:
+            save_file({key: value.contiguous() for key, value in tensors.items()}, tmp / name)
+        except SafetensorError as error:  # carries the system's error number as text
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else 0, str(error)) from error
+    (tmp / "state.json").write_text(json.dumps({"format": FORMAT, **snapshot.state}, indent=1))
+    manifest = {file.name: _digest(file) for file in sorted(tmp.iterdir())}
+    for file in tmp.iterdir():
+        _sync(file)
+    (tmp / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    _sync(tmp / "manifest.json")
+    _sync(tmp)
+
+
+def _replace(tmp: Path, final: Path) -> None:
+    """Rename `tmp` to `final`; what stood there is removed only when the new one is in place."""
+    old = final.with_name(f"{_TMP}old-{final.name}-{os.getpid()}")
+    if final.exists():
+        os.rename(final, old)
+    os.rename(tmp, final)
+    _sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _parts(snapshot: Snapshot) -> dict[str, dict[str, Tensor]]:
@@ -75,15 +89,6 @@ def _parts(snapshot: Snapshot) -> dict[str, dict[str, Tensor]]:
     if snapshot.ema:
         parts["ema.safetensors"] = snapshot.ema
     return parts
-
-
-def _explain(error: OSError, directory: Path) -> str:
-    if error.errno == errno.ENOSPC:
-        return (
-            f"no space left on the disk of {directory}; the last good checkpoint is kept. "
-            "Free some and type `vlx resume` with the run's directory"
-        )
-    return f"cannot write a checkpoint to {directory}: {error.strerror or error}"
 
 
 def _digest(file: Path) -> dict[str, Any]:
@@ -163,34 +168,49 @@ def check_keys(own: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
 def prune(directory: Path, keep_last: int, best: str | None = None) -> None:
     """Remove all but the newest checkpoints and the best one, and what killed saves left."""
     kept = {p.name for p in complete(directory)[-keep_last:]} | ({best} if best else set())
-    for path in directory.iterdir():
-        if path.name not in kept and path.name.startswith(("step-", _TMP)):
+    for path in directory.glob("step-*"):
+        if path.name not in kept:
             shutil.rmtree(path, ignore_errors=True)
+    sweep(directory)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def sweep(directory: Path) -> None:
+    """Remove what killed saves left; only the holder of the run's lock may."""
+    for path in directory.glob(f"{_TMP}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, *, keep: bool = True) -> dict[str, Tensor]:
     """Optimizer state by `<parameter name>/<key>`, full tensors on the host.
 
-    Under FSDP this gathers shards: every process must call it.
+    Under FSDP this gathers shards: every process must call it; `keep` False keeps nothing.
     """
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for group in optimizer.param_groups:
         for name, param in zip(group["names"], group["params"]):
-            for key, value in optimizer.state.get(param, {}).items():
+            state = dict(optimizer.state.get(param, {}))
+            if "step" in group:  # timm's LAMB counts in the group, not beside the moments
+                state[_GROUP_STEP] = group["step"]
+            for key, value in state.items():
                 if value is not None:
-                    tensors[f"{name}/{key}"] = full(torch.as_tensor(value))
-    return tensors
+                    tensors[f"{name}/{key}"] = torch.as_tensor(value)
+    return gather(tensors, keep=keep)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Restore what `optimizer_tensors` gave, onto the parameters' devices and shards."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
+    saved: dict[str, dict[str, Tensor]] = {}
+    for path, value in tensors.items():
+        name, key = path.rsplit("/", 1)
+        saved.setdefault(name, {})[key] = value
     for group in optimizer.param_groups:
         for name, param in zip(group["names"], group["params"]):
-            prefix = name + "/"
-            saved = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-            for key, value in saved.items():
+            for key, value in saved.get(name, {}).items():
+                if key == _GROUP_STEP:
+                    group["step"] = value
+                    continue
                 if value.shape == param.shape and key != "step":
                     value = value.to(param.device)
                     if isinstance(param, DTensor):
@@ -200,6 +220,18 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
                 optimizer.state[param][key] = value
 
 
+def gather(tensors: Mapping[str, Tensor], *, keep: bool = True) -> dict[str, Tensor]:
+    """Full copies on the host. Sharded tensors are gathered by all processes, kept by some."""
+    from torch.distributed.tensor import DTensor
+
+    if keep:
+        return {name: full(tensor) for name, tensor in tensors.items()}
+    for tensor in tensors.values():
+        if isinstance(tensor, DTensor):
+            tensor.full_tensor()
+    return {}
+
+
 def full(tensor: Tensor) -> Tensor:
     """A detached copy on the host, gathered when sharded."""
     from torch.distributed.tensor import DTensor
@@ -207,3 +239,12 @@ def full(tensor: Tensor) -> Tensor:
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
     return tensor.detach().to("cpu", copy=True)
+
+
+def weights_checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and bytes of full tensors; 16 hex digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -73,7 +73,8 @@ class OptimConfig:
     weight_decay: float = 0.05
     """Decoupled for adamw and lamb; none on biases, norms and other 1-D tensors."""
     layer_decay: float | None = None
-    """Factor on the learning rate from each layer to the one before it, 0..1; null is none."""
+    """Factor on the learning rate from each layer to the one before it, 0..1; null is none. Heads
+    and final norms keep the full rate; the patch embedding has the lowest."""
     clip_norm: float | None = None
     """Largest global gradient norm; null does not clip."""
 
@@ -89,9 +90,12 @@ class ScheduleConfig:
     per: Per = Per.step
     """Move every step or once an epoch."""
     warmup_epochs: float = 0.0
-    """Linear warm-up from 0, in epochs."""
+    """Linear warm-up from warmup_lr, in epochs."""
     warmup_steps: int | None = None
     """Linear warm-up in steps; overrides warmup_epochs."""
+    warmup_lr: float = 0.0
+    """Learning rate that warm-up starts from, absolute. Not 0 where `per: epoch` would otherwise
+    spend a whole epoch at 0."""
     min_lr: float = 0.0
     """Learning rate at the end of cosine and wsd, absolute."""
     milestones: list[float] = field(default_factory=lambda: [0.6, 0.8])

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
+from vlx.core.errors import StorageError
+from vlx.core.files import explain_write, write_atomic
 from vlx.core.results import Metric
 from vlx.evals.base import EvalData, Subject
 from vlx.evals.registry import evaluator
@@ -29,8 +35,12 @@ def run_evaluators(
     weights: str,
     pictures_dir: Path | None,
     main: bool = True,
+    between: Callable[[], None] = lambda: None,
 ) -> Outcome:
-    """Run those of `names` that the subject and the data allow; say why the others did not run."""
+    """Run those of `names` that the subject and the data allow; say why the others did not run.
+
+    between: called before each evaluator.
+    """
     metrics: list[Metric] = []
     pictures: list[Path] = []
     for name in names:
@@ -42,6 +52,7 @@ def run_evaluators(
         if chosen.needs_labels and not data.source("test").info.num_classes:
             log.info(f"{name} not run: {data.source('test').info.name} has no labels")
             continue
+        between()
         found = chosen.run(subject, data)
         metrics += [
             Metric(
@@ -56,9 +67,19 @@ def run_evaluators(
             for key, value in found.metrics.items()
         ]
         if pictures_dir is not None and main:
-            pictures_dir.mkdir(exist_ok=True)
-            for title, picture in found.pictures.items():
-                file = pictures_dir / f"{title}-{weights}.png"
-                picture.save(file)
-                pictures.append(file)
+            pictures += _save_pictures(found.pictures, pictures_dir, weights)
     return Outcome(metrics, pictures)
+
+
+def _save_pictures(pictures: dict[str, Image.Image], folder: Path, weights: str) -> list[Path]:
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise StorageError(explain_write(error, folder)) from error
+    files = []
+    for title, picture in pictures.items():
+        encoded = io.BytesIO()
+        picture.save(encoded, "PNG")
+        files.append(folder / f"{title}-{weights}.png")
+        write_atomic(files[-1], encoded.getvalue())
+    return files

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from vlx.core.errors import EXIT_INTERRUPTED, VlxError
+from vlx.engine import rundir
+from vlx.engine.failure import REPORT_ENV, Failure
 
-WORKER_ENV = "VLX_WORKER"
-_GRACE_SECONDS = 45.0
+_GRACE_SECONDS = 10.0
 
 
 def launch(run_dir: Path, launcher: dict) -> int:
@@ -29,6 +32,22 @@ def launch(run_dir: Path, launcher: dict) -> int:
     return _spawn(run_dir, launcher)
 
 
+class WorkerError(VlxError):
+    """A process of a distributed run failed; carries that process's exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass
+class _Worker:
+    rank: int
+    process: subprocess.Popen[bytes]
+    report: int
+    """Read end of the pipe through which it says why it failed."""
+
+
 def _spawn(run_dir: Path, launcher: dict) -> int:
     local, nodes = launcher["processes"], launcher["nodes"]
     if nodes > 1 and not launcher["port"]:
@@ -40,18 +59,28 @@ def _spawn(run_dir: Path, launcher: dict) -> int:
         MASTER_ADDR=launcher["address"],
         MASTER_PORT=str(launcher["port"] or _free_port()),
     )
-    base[WORKER_ENV] = "1"
     workers = []
     for local_rank in range(local):
         rank = launcher["node_rank"] * local + local_rank
+        reader, writer = os.pipe()
         env = dict(base, RANK=str(rank), LOCAL_RANK=str(local_rank))
+        env[REPORT_ENV] = str(writer)
         command = [sys.executable, "-m", "vlx.engine.worker", str(run_dir)]
         # Own process groups: a terminal's Ctrl-C reaches the workers once, through us.
-        workers.append(subprocess.Popen(command, env=env, start_new_session=True))
-    return _supervise(workers)
+        process = subprocess.Popen(command, env=env, start_new_session=True, pass_fds=(writer,))
+        os.close(writer)
+        workers.append(_Worker(rank, process, reader))
+    _supervise([worker.process for worker in workers])
+    failures = [found for worker in workers if (found := _failure_of(worker, run_dir))]
+    if failures:
+        # A process whose peer is gone fails too: the first to fail for its own reason counts.
+        first = min(failures, key=lambda failure: (failure.lost_peer, failure.time))
+        _mark_failed(run_dir, first.message)
+        raise WorkerError(first.message, first.exit_code)
+    return max(worker.process.returncode for worker in workers)
 
 
-def _supervise(workers: list[subprocess.Popen[bytes]]) -> int:
+def _supervise(workers: list[subprocess.Popen[bytes]]) -> None:
     """Wait for all; pass signals on; when one fails, stop the others."""
     received: list[int] = []
 
@@ -71,22 +100,47 @@ def _supervise(workers: list[subprocess.Popen[bytes]]) -> int:
             codes = [worker.poll() for worker in workers]
             if failed_at is None and any(code not in (None, 0, EXIT_INTERRUPTED) for code in codes):
                 failed_at = time.monotonic()
-                _signal_all(workers, signal.SIGTERM)
+            # The others notice a lost peer by themselves, or hang in the exchange with it.
             if failed_at is not None and time.monotonic() - failed_at > _GRACE_SECONDS:
                 _signal_all(workers, signal.SIGKILL)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    return worst([worker.returncode for worker in workers])
 
 
-def worst(codes: list[int]) -> int:
-    """One exit code for several processes: a failure before an interruption before success."""
-    failures = [code for code in codes if code not in (0, EXIT_INTERRUPTED)]
-    if failures:
-        code = next((c for c in failures if c > 1), failures[0])
-        return 128 - code if code < 0 else code
-    return max(codes)
+def _failure_of(worker: _Worker, run_dir: Path) -> Failure | None:
+    """Why a finished worker failed, or None. One that was killed could not say it."""
+    os.set_blocking(worker.report, False)
+    try:
+        text = os.read(worker.report, 65536)
+    except BlockingIOError:  # an orphaned data worker still holds the other end
+        text = b""
+    finally:
+        os.close(worker.report)
+    code = worker.process.returncode
+    if code in (0, EXIT_INTERRUPTED):
+        return None
+    if text:
+        return Failure(**json.loads(text))
+    if code < 0:
+        reason, code = f"was killed by {signal.Signals(-code).name}", 128 - code
+    else:
+        reason = f"ended with code {code}"
+    log_file = run_dir / rundir.log_file(worker.rank)
+    message = f"process {worker.rank} {reason}; its log is {log_file}"
+    # Killed by us, after another's failure, it has nothing to say.
+    return Failure(message, code, time=math.inf, lost_peer=False)
+
+
+def _mark_failed(run_dir: Path, message: str) -> None:
+    """Correct run.json, unless another command holds the run or its disk is full."""
+    try:
+        with rundir.locked(run_dir):
+            record = rundir.read_record(run_dir)
+            record.state, record.message = "failed", message
+            record.write(run_dir)
+    except VlxError:
+        pass
 
 
 def _signal_all(workers: list[subprocess.Popen[bytes]], number: int) -> None:

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-import zlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
 
-from vlx.core.errors import DivergedError, Interrupted
+from vlx.core.errors import ConfigError, DivergedError, Interrupted, nearest
 from vlx.core.fields import Batch
 from vlx.core.method import StepContext, Trainable
+from vlx.core.random import step_seed
 from vlx.data.pipeline import TrainPipeline
 from vlx.engine import checkpoint
 from vlx.engine.config import RunConfig
 from vlx.engine.ema import Ema, copy_full
+from vlx.engine.nonfinite import Evidence, save_evidence
 from vlx.engine.optim import Rates, build_optimizer, layer_scales, peak_lr
 from vlx.engine.parallel import Parallel
+from vlx.engine.record import Clock, StepRecord, sample_hash
 from vlx.engine.signals import StopRequest
 from vlx.track.base import Track
 from vlx.track.console import ConsoleProgress
 
 log = logging.getLogger("vlx")
 _MIN_SECONDS_BETWEEN_SAVES = 60.0
+T = TypeVar("T")
 
 
 @dataclass
@@ -41,6 +45,9 @@ class Progress:
     best: float | None = None
     best_checkpoint: str | None = None
     losses: dict[str, float] = field(default_factory=dict)
+    """As last logged."""
+    seconds: float = 0.0
+    """Spent so far, over all resumes."""
 
 
 @dataclass
@@ -84,93 +91,99 @@ class Trainer:
         self.rates = Rates(
             cfg.schedule, peak, cfg.optim.weight_decay, total_steps, pipeline.steps_per_epoch
         )
-        self.optimizer = parallel.accelerator.prepare_optimizer(
-            build_optimizer(cfg.optim, groups, peak)
-        )
+        optimizer = build_optimizer(cfg.optim, groups, peak)
+        prepared = parallel.accelerator.prepare_optimizer(optimizer)
+        assert isinstance(prepared, AcceleratedOptimizer)
+        self.optimizer = prepared
         self.params = [param for group in groups for _, param in group.params]
         self.ema = None if cfg.train.ema_decay is None else Ema(method, cfg.train.ema_decay)
         self._generator = torch.Generator(device=parallel.device)
-        self._last_save = time.monotonic()
+        self._last_save = self._counted = time.monotonic()
 
     def fit(self) -> None:
         """Train to `total_steps`. Raises `Interrupted` after saving when a signal asks."""
         train, spe = self.cfg.train, self.pipeline.steps_per_epoch
         batches = self.pipeline.batches(self.progress.step, self.total_steps)
-        clock = _Clock(train.batch_size // train.accumulate)
+        clock = Clock(train.batch_size // train.accumulate)
         for step in range(self.progress.step, self.total_steps):
             if step % spe == 0:
-                self.method.begin_epoch(self._context(step, 0))
-            record = self._update(step, batches, clock)
-            done = self.progress.step = step + 1
+                self.method.begin_epoch(self._seeded(step, 0))
+            record = self._gradients(step, batches, clock)
+            done = step + 1
+            # One exchange a step: what one process finds, all do.
+            bad, stop, due = self.parallel.flags(
+                not record.is_finite(gradients=not self.parallel.scaled),
+                bool(self.hooks.stop),
+                self._save_due(done),
+            )
+            self._skip(step, record) if bad else self._apply(step)
+            self.progress.step = done
             if done % train.log_every == 0 or done == self.total_steps:
                 self._log(done, record, clock)
-            epochs_done, at_edge = divmod(done, spe)
-            evaluated = False
-            if at_edge == 0 and self.cfg.eval.every_epochs:
-                evaluated = epochs_done % self.cfg.eval.every_epochs == 0
-            improved = self._evaluate(done) if evaluated else False
-            stop, due = self.parallel.flags(bool(self.hooks.stop), self._save_due(done))
+            improved = False
+            if self._evaluation_due(done):
+                improved, late = self.parallel.flags(self._evaluate(done), bool(self.hooks.stop))
+                stop = stop or late
             if stop or due or improved:
                 self.save()
+            if due or self._evaluation_due(done):
+                clock.restart()
             if stop:
-                raise Interrupted(f"stopped by {self.hooks.stop.signal or 'another process'}")
+                raise Interrupted(f"stopped by {self.hooks.stop.signal_name}")
 
-    def _context(self, step: int, micro_step: int) -> StepContext:
+    def _seeded(self, step: int, micro: int) -> StepContext:
+        """The context of a micro-batch, every generator seeded for it."""
+        seed = step_seed(self.cfg.seed, step, self.parallel.rank, micro)
+        self.parallel.seed(seed)
+        self._generator.manual_seed(seed)
+        return self._context(step, micro)
+
+    def _context(self, step: int, micro: int) -> StepContext:
         return StepContext(
             step=step,
             total_steps=self.total_steps,
             steps_per_epoch=self.pipeline.steps_per_epoch,
             seed=self.cfg.seed,
-            sample_offset=self.pipeline.share.offset(micro_step),
+            sample_offset=self.pipeline.share.offset(micro),
             generator=self._generator,
         )
 
-    def _update(self, step: int, batches: Any, clock: _Clock) -> _Record:
-        """One optimizer step over all its micro-batches; not applied when it is not finite."""
+    def _gradients(self, step: int, batches: Iterator[Batch], clock: Clock) -> StepRecord:
+        """Gradients of one step, summed over its micro-batches and clipped."""
         parallel, accumulate = self.parallel, self.cfg.train.accumulate
         self.rates.apply(self.optimizer, step)
         self.optimizer.zero_grad(set_to_none=True)
-        record = _Record()
+        record = StepRecord()
         for micro in range(accumulate):
-            with clock.waiting():
-                batch: Batch = next(batches)
-            seed = _step_seed(self.cfg.seed, step, parallel.rank, micro)
-            torch.manual_seed(seed)
-            self._generator.manual_seed(seed)
-            ctx = self._context(step, micro)
-            last = micro == accumulate - 1
-            with parallel.accumulate_locally(self.module, last), parallel.accelerator.autocast():
-                losses, metrics = self.module(batch, ctx)
-                total = torch.stack([loss.float() for loss in losses.values()]).sum()
-            with parallel.accumulate_locally(self.module, last):
+            with clock:
+                batch = next(batches)
+            ctx = self._seeded(step, micro)
+            with parallel.accumulate_locally(self.module, micro == accumulate - 1):
+                with parallel.accelerator.autocast():
+                    losses, metrics = self.module(batch, ctx)
+                    total = torch.stack([loss.float() for loss in losses.values()]).sum()
                 parallel.accelerator.backward(total / accumulate)
-            record.add(batch, losses, metrics)
-        ctx = self._context(step, accumulate - 1)
+            record.add(batch["sample_id"], losses, metrics)
         parallel.accelerator.unscale_gradients()
-        self.method.before_update(ctx)
+        self.method.before_update(self._context(step, accumulate - 1))
         record.grad_norm = parallel.clip(self.params, self.cfg.optim.clip_norm)
-        if self._is_applied(record):
-            self.optimizer.step()
-            self.method.after_step(ctx)
-            if self.ema is not None:
-                self.ema.update()
-            self.progress.skipped = 0
-        else:
-            self._skip(step, record)
         return record
 
-    def _is_applied(self, record: _Record) -> bool:
-        values = [torch.stack(list(losses.values())).sum() for losses in record.losses]
-        total = torch.stack(values).sum()
-        if not self.parallel.scaled:  # a scaler leaves overflown fp16 steps out by itself
-            total = total + record.grad_norm
-        (bad,) = self.parallel.flags(not bool(torch.isfinite(total)))
-        return not bad
+    def _apply(self, step: int) -> None:
+        """The update, and what follows one: momentum teachers, averages."""
+        self.progress.skipped = 0
+        self.optimizer.step()
+        if self.optimizer.step_was_skipped:  # fp16: the scaler found an overflow and halves itself
+            return
+        self.method.after_step(self._context(step, self.cfg.train.accumulate - 1))
+        if self.ema is not None:
+            self.ema.update()
 
-    def _skip(self, step: int, record: _Record) -> None:
+    def _skip(self, step: int, record: StepRecord) -> None:
         """Leave out an update that is not finite; past the limit, keep the evidence and stop."""
         self.progress.skipped += 1
-        losses = {k: float(v) for k, v in record.mean_losses().items()}
+        means = record.mean_losses()
+        losses = {name: float(self.parallel.mean(value)) for name, value in means.items()}
         limit = self.cfg.train.max_skipped_steps
         log.warning(
             f"step {step + 1}: loss or gradient is not finite ({losses}); update left out "
@@ -178,61 +191,73 @@ class Trainer:
         )
         if self.progress.skipped <= limit:
             return
-        folder = self.run_dir / "nonfinite" / f"step-{step + 1:08d}-rank{self.parallel.rank}"
-        checkpoint.save(folder, self._snapshot(step))
-        ids = [batch["sample_id"].tolist() for batch in record.batches]
-        evidence = {"step": step + 1, "losses": losses, "sample_ids": ids, "seed": self.cfg.seed}
-        (folder / "evidence.json").write_text(json.dumps(evidence, indent=1))
-        names = [self.pipeline.source.describe(i) for i in ids[0][:3]]
+        evidence = Evidence(
+            step=step,
+            world=self.parallel.world,
+            losses=losses,
+            grad_norm=float(record.grad_norm),
+            sample_ids=self.parallel.gather(record.ids()).tolist(),
+        )
+        snapshot = self._snapshot()
+        if self.parallel.is_main:
+            save_evidence(self.run_dir, evidence, snapshot)
+        names = [self.pipeline.source.describe(i) for i in evidence.sample_ids[0][0][:3]]
         raise DivergedError(
             f"step {step + 1}: not finite for {self.progress.skipped} steps in a row "
-            f"(losses {losses}; samples {', '.join(names)}, ...). Weights and sample ids are in "
-            f"{folder}. Lower optim.lr, set optim.clip_norm=1, or use train.precision=fp32"
+            f"(losses {losses}; samples {', '.join(names)}, ...). `vlx replay {self.run_dir}` "
+            "computes it again. Lower optim.lr, set optim.clip_norm=1, or use train.precision=fp32"
         )
 
-    def _log(self, done: int, record: _Record, clock: _Clock) -> None:
-        losses = {k: float(self.parallel.mean(v)) for k, v in record.mean_losses().items()}
-        self.progress.losses = losses
-        metrics = {k: float(self.parallel.mean(v)) for k, v in record.mean_metrics().items()}
-        speed, wait = clock.read()
-        values = {f"train/loss/{name}": value for name, value in losses.items()}
-        values |= {f"train/metric/{name}": value for name, value in metrics.items()}
-        values["train/loss"] = sum(losses.values())
+    def _log(self, done: int, record: StepRecord, clock: Clock) -> None:
+        losses, metrics = record.mean_losses(), record.mean_metrics()
+        names = [*(f"train/loss/{n}" for n in losses), *(f"train/metric/{n}" for n in metrics)]
+        means = self.parallel.mean(torch.stack([*losses.values(), *metrics.values()])).tolist()
+        values = dict(zip(names, means))
+        self.progress.losses = dict(zip(losses, means))
+        values["train/loss"] = sum(self.progress.losses.values())
         values["optim/lr"] = self.rates.lr(done - 1)
         values["optim/weight_decay"] = self.rates.decay(done - 1)
         values["optim/grad_norm"] = float(record.grad_norm)
         values["train/epoch"] = done / self.pipeline.steps_per_epoch
-        values["train/sample_hash"] = record.sample_hash()
+        values["train/sample_hash"] = sample_hash(self.parallel.gather(record.ids()))
+        speed, wait = clock.read()
         values |= {"perf/images_per_s": speed, "perf/data_wait": wait}
         if self.parallel.is_main:
             self.hooks.track.log(done, values)
             self.hooks.console.update(done, values["train/loss"], speed, wait)
 
+    def _evaluation_due(self, done: int) -> bool:
+        epochs, beyond = divmod(done, self.pipeline.steps_per_epoch)
+        every = self.cfg.eval.every_epochs
+        return beyond == 0 and every > 0 and epochs % every == 0
+
     def _evaluate(self, done: int) -> bool:
         """Evaluate during training; True when the metric of `keep_best` has improved."""
-        metrics = self.evaluate_with(self.hooks.evaluate, done)
+        metrics = self.evaluate_with(lambda: self.hooks.evaluate(done))
         if self.parallel.is_main:
             self.hooks.track.log(done, {f"eval/{name}": value for name, value in metrics.items()})
         watched = self.cfg.train.keep_best
-        if watched is None or watched not in metrics:
+        if watched is None:
             return False
+        if watched not in metrics:
+            raise ConfigError(
+                f"train.keep_best={watched}: no such metric during training. "
+                f"{nearest(watched, metrics)} eval.during names the evaluators"
+            )
         if self.progress.best is not None and metrics[watched] <= self.progress.best:
             return False
         self.progress.best = metrics[watched]
         self.progress.best_checkpoint = f"step-{done:08d}"
         return True
 
-    def evaluate_with(self, evaluate: Callable[[int], dict[str, float]], done: int) -> dict:
+    def evaluate_with(self, evaluate: Callable[[], T]) -> T:
         """Call an evaluation in eval mode, on averaged weights where there are any."""
         self.method.eval()
-        with self.parallel.whole(self.module), torch.no_grad():
-            if self.ema is None:
-                metrics = evaluate(done)
-            else:
-                with self.ema.swapped():
-                    metrics = evaluate(done)
-        self.method.train()
-        return metrics
+        try:
+            with nullcontext() if self.ema is None else self.ema.swapped(), torch.no_grad():
+                return self.parallel.whole(self.module, evaluate)
+        finally:
+            self.method.train()
 
     def _save_due(self, done: int) -> bool:
         if done == self.total_steps:
@@ -243,16 +268,24 @@ class Trainer:
         due = time.monotonic() - self._last_save > _MIN_SECONDS_BETWEEN_SAVES
         return due and done % self.pipeline.steps_per_epoch == 0
 
-    def _snapshot(self, step: int) -> checkpoint.Snapshot:
-        scaler = self.parallel.accelerator.scaler
+    def _snapshot(self) -> checkpoint.Snapshot:
+        """Everything as it stands; on every process, with tensors on the main one alone."""
+        scaler, keep, step = (
+            self.parallel.accelerator.scaler,
+            self.parallel.is_main,
+            self.progress.step,
+        )
+        self.progress.seconds += time.monotonic() - self._counted
+        self._counted = time.monotonic()
         return checkpoint.Snapshot(
             step=step,
-            model={k: checkpoint.full(v) for k, v in self.method.state_dict().items()},
-            optimizer=checkpoint.optimizer_tensors(self.optimizer),
-            ema={k: checkpoint.full(v) for k, v in self.ema.shadow.items()} if self.ema else {},
+            model=checkpoint.gather(self.method.state_dict(), keep=keep),
+            optimizer=checkpoint.optimizer_tensors(self.optimizer, keep=keep),
+            ema=checkpoint.gather(self.ema.shadow, keep=keep) if self.ema else {},
             state={
                 "step": step,
-                "progress": vars(self.progress),
+                "progress": asdict(self.progress),
+                "bad_samples": {str(k): v for k, v in self.pipeline.bad.reasons.items()},
                 "scaler": scaler.state_dict() if scaler is not None else None,
                 "slug": self.cfg.slug,
                 "config": self.saved_config,
@@ -261,7 +294,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of this step and remove old ones."""
-        snapshot = self._snapshot(self.progress.step)
+        snapshot = self._snapshot()
         if self.parallel.is_main:
             checkpoint.save(self.checkpoints, snapshot)
             best = self.progress.best_checkpoint
@@ -283,70 +316,5 @@ class Trainer:
         if snapshot.state["scaler"] is not None and self.parallel.accelerator.scaler is not None:
             self.parallel.accelerator.scaler.load_state_dict(snapshot.state["scaler"])
         self.progress = Progress(**snapshot.state["progress"])
-
-
-@dataclass
-class _Record:
-    """What one step left behind, still on the device."""
-
-    batches: list[Batch] = field(default_factory=list)
-    losses: list[dict[str, Tensor]] = field(default_factory=list)
-    metrics: list[dict[str, Tensor]] = field(default_factory=list)
-    grad_norm: Tensor = field(default_factory=lambda: torch.zeros(()))
-
-    def add(self, batch: Batch, losses: dict[str, Tensor], metrics: dict[str, Tensor]) -> None:
-        self.batches.append({"sample_id": batch["sample_id"]})
-        self.losses.append({name: loss.detach() for name, loss in losses.items()})
-        self.metrics.append({name: value.detach() for name, value in metrics.items()})
-
-    def mean_losses(self) -> dict[str, Tensor]:
-        return _mean(self.losses)
-
-    def mean_metrics(self) -> dict[str, Tensor]:
-        return _mean(self.metrics)
-
-    def sample_hash(self) -> int:
-        """CRC-32 of the sample ids: equal for two runs that saw the same samples in this step."""
-        ids = torch.cat([batch["sample_id"] for batch in self.batches])
-        return zlib.crc32(ids.cpu().numpy().tobytes())
-
-
-def _mean(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {
-        name: torch.stack([row[name].float() for row in rows if name in row]).mean()
-        for name in names
-    }
-
-
-class _Clock:
-    """Images a second and the share of time spent waiting for data, since the last reading."""
-
-    def __init__(self, micro_batch_size: int) -> None:
-        self.micro_batch_size = micro_batch_size
-        self._start = time.perf_counter()
-        self._waited = 0.0
-        self._batches = 0
-        self._entered = 0.0
-
-    def waiting(self) -> _Clock:
-        return self
-
-    def __enter__(self) -> None:
-        self._entered = time.perf_counter()
-
-    def __exit__(self, *exception: object) -> None:
-        self._waited += time.perf_counter() - self._entered
-        self._batches += 1
-
-    def read(self) -> tuple[float, float]:
-        now = time.perf_counter()
-        elapsed = max(now - self._start, 1e-9)
-        result = self._batches * self.micro_batch_size / elapsed, self._waited / elapsed
-        self._start, self._waited, self._batches = now, 0.0, 0
-        return result
-
-
-def _step_seed(seed: int, step: int, rank: int, micro: int) -> int:
-    """A seed for torch's global generators, so that dropout resumes exactly."""
-    return zlib.crc32(f"{seed}/{step}/{rank}/{micro}".encode())
+        saved = snapshot.state["bad_samples"]
+        self.pipeline.bad.reasons.update({int(k): reason for k, reason in saved.items()})

@@ -10,6 +10,7 @@ from timm.optim.lamb import Lamb
 from timm.optim.lars import Lars
 from torch import nn
 
+from vlx.core.errors import ConfigError
 from vlx.core.method import ParamGroup, Trainable
 from vlx.engine.config import OptimConfig, Optimizer, Per, Schedule, ScheduleConfig
 
@@ -39,17 +40,17 @@ class Rates:
         return round(self.schedule.warmup_epochs * self.steps_per_epoch)
 
     def _position(self, step: int) -> int:
-        return (
-            step
-            if self.schedule.per is Per.step
-            else step // self.steps_per_epoch * (self.steps_per_epoch)
-        )
+        """The step that decides: this one, or its epoch's first."""
+        if self.schedule.per is Per.step:
+            return step
+        return step - step % self.steps_per_epoch
 
     def lr(self, step: int) -> float:
         """For the update number `step` (from 0), before any per-group scale."""
         cfg, step = self.schedule, self._position(step)
         if step < self.warmup_steps:
-            return self.peak * step / self.warmup_steps
+            low = cfg.warmup_lr
+            return low + (self.peak - low) * step / self.warmup_steps
         done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
         if cfg.name is Schedule.constant:
             return self.peak
@@ -63,6 +64,7 @@ class Rates:
 
     def decay(self, step: int) -> float:
         """Weight decay at `step`, for groups that do not carry their own."""
+        step = self._position(step)
         end = self.schedule.weight_decay_end
         if end is None:
             return self.weight_decay
@@ -78,19 +80,26 @@ class Rates:
 
 
 def layer_scales(groups: list[ParamGroup], method: Trainable, decay: float) -> list[ParamGroup]:
-    """Groups split by depth, the rate of depth d scaled by decay ** (deepest - d)."""
+    """Groups split by depth, the rate of depth d scaled by decay ** (top - d).
+
+    `top` is one more than the deepest layer: the depth of whatever belongs to no layer, such as a
+    head or a final norm, whose rate is not scaled (BEiT, and MAE's fine-tuning code).
+    """
     depths = method.layer_depths()
-    deepest = max(depths.values(), default=0)
+    if not depths:
+        raise ConfigError(f"optim.layer_decay={decay}: this method's encoder names no layers")
+    top = max(depths.values()) + 1
 
     def depth_of(name: str) -> int:
-        matches = [prefix for prefix in depths if name.startswith(prefix)]
-        return depths[max(matches, key=len)] if matches else deepest
+        parts = name.split(".")
+        prefixes = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+        return next((depths[prefix] for prefix in prefixes if prefix in depths), top)
 
     split: dict[tuple[str, int], ParamGroup] = {}
     for group in groups:
         for name, param in group.params:
             depth = depth_of(name)
-            scale = group.lr_scale * decay ** (deepest - depth)
+            scale = group.lr_scale * decay ** (top - depth)
             new = ParamGroup(f"{group.name}/layer{depth}", [], scale, group.weight_decay)
             split.setdefault((group.name, depth), new).params.append((name, param))
     return list(split.values())
@@ -116,7 +125,8 @@ def build_optimizer(cfg: OptimConfig, groups: list[ParamGroup], lr: float) -> to
         return torch.optim.SGD(settings, lr=lr, momentum=cfg.momentum, fused=_can_fuse(groups))
     if cfg.name is Optimizer.lars:
         return Lars(settings, lr=lr, momentum=cfg.momentum)  # pyright: ignore[reportArgumentType]
-    return Lamb(settings, lr=lr, betas=betas)
+    # Clipping is the loop's business (optim.clip_norm); timm's LAMB would clip to 1 by itself.
+    return Lamb(settings, lr=lr, betas=betas, max_grad_norm=None)
 
 
 def _can_fuse(groups: list[ParamGroup]) -> bool:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,8 @@ from vlx.core.errors import ConfigError
 from vlx.core.fields import Batch
 from vlx.core.method import StepContext, Trainable
 from vlx.engine.config import Device, LauncherConfig, Precision, Strategy, TrainConfig
+
+T = TypeVar("T")
 
 
 class StepModule(nn.Module):
@@ -32,6 +34,10 @@ class StepModule(nn.Module):
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         out = self.method.step(batch, ctx)
         return out.losses, out.metrics
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Call `function`; under FSDP with the parameters outside the blocks gathered."""
+        return function()
 
 
 class Parallel:
@@ -55,6 +61,8 @@ class Parallel:
         self.world: int = self.accelerator.num_processes
         self.scaled = self.accelerator.scaler is not None
         set_threads(train.threads, launcher.processes)
+        if train.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(train.deterministic)
 
     @property
@@ -70,12 +78,13 @@ class Parallel:
                 block.compile()
         if self.world > 1 and self.strategy is Strategy.fsdp:
             from torch.distributed.device_mesh import init_device_mesh
-            from torch.distributed.fsdp import fully_shard
+            from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
             mesh = init_device_mesh(self.device.type, (self.world,))
             for block in transformer_blocks(method):
                 fully_shard(block, mesh=mesh)
             fully_shard(module, mesh=mesh)  # in place
+            register_fsdp_forward_method(module, "call")
             return module
         if self.world > 1:
             return self.accelerator.prepare_model(module)
@@ -90,17 +99,42 @@ class Parallel:
             return nullcontext()
         return nullcontext() if last else self.accelerator.no_sync(module)
 
-    @contextmanager
-    def whole(self, module: nn.Module) -> Iterator[None]:
-        """Make sharded parameters outside the blocks usable without the module's own forward."""
-        sharded = self.world > 1 and self.strategy is Strategy.fsdp
-        if sharded:
-            module.unshard()  # type: ignore[operator]
+    def whole(self, module: nn.Module, function: Callable[[], T]) -> T:
+        """Call `function` with every parameter whole on every process.
+
+        Sharded weights are gathered before and freed after, so that `function` needs no other
+        process: what evaluators do may differ between processes without one waiting for ever.
+        """
+        if self.world == 1 or self.strategy is not Strategy.fsdp:
+            return function()
+        from torch.distributed.fsdp import FSDPModule
+
+        sharded = [m for m in module.modules() if isinstance(m, FSDPModule)]
+        blocks = [m for m in sharded if m is not module]
+
+        def gathered() -> T:
+            for block in blocks:
+                block.unshard()
+                block.set_reshard_after_forward(False, recurse=False)
+            return function()
+
         try:
-            yield
+            # Through the root's forward hooks: FSDP2 must meet its root first.
+            return module.call(gathered)  # type: ignore[operator]
         finally:
-            if sharded:
-                module.reshard()  # type: ignore[operator]
+            for block in blocks:
+                block.set_reshard_after_forward(True, recurse=False)
+            for part in sharded:
+                part.reshard()
+
+    def seed(self, seed: int) -> None:
+        """Seed the generators of the CPU and of this process's device.
+
+        `torch.manual_seed` costs a stack trace a call on machines without a GPU.
+        """
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def clip(self, params: list[nn.Parameter], max_norm: float | None) -> Tensor:
         """Scale gradients down to a global norm; returns the norm that they had."""
@@ -124,6 +158,14 @@ class Parallel:
         values = torch.tensor([float(flag) for flag in flags], device=self.device)
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return [bool(value) for value in values.tolist()]
+
+    def gather(self, values: Tensor) -> Tensor:
+        """`values` of every process, equal shapes, stacked in the order of the processes."""
+        if self.world == 1:
+            return values[None]
+        parts = [torch.empty_like(values) for _ in range(self.world)]
+        dist.all_gather(parts, values.contiguous())
+        return torch.stack(parts)
 
     def barrier(self) -> None:
         if self.world > 1:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import math
 import resource
-import time
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -16,15 +13,18 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from vlx.core import registry
-from vlx.core.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, Interrupted, VlxError
+from vlx.core.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    Interrupted,
+    StorageError,
+    VlxError,
+)
 from vlx.core.files import write_json
-from vlx.core.method import Trainable
 from vlx.core.results import Metric, Results
 from vlx.data.open import open_source
-from vlx.data.pipeline import Share, TrainPipeline
-from vlx.encoders.build import EncoderBuilder
 from vlx.engine import checkpoint, rundir
+from vlx.engine.build import build_method, build_pipeline, total_steps
 from vlx.engine.config import RunConfig
 from vlx.engine.environment import hardware
 from vlx.engine.evaluate import Outcome, run_evaluators
@@ -75,37 +75,39 @@ class Run:
         self.parallel, self.stop = parallel, stop
         self.console = console or Console(quiet=not parallel.is_main)
         self.record = rundir.read_record(run_dir)
-        self.started = time.monotonic()
-        self.initial_wall_time = 0.0
+        self.track: Track = Fanout([])
+        self.progress: ConsoleProgress | None = None
         _log_to(run_dir, parallel.rank)
 
     def execute(self) -> int:
         """Train, evaluate, write results; keep `run.json` telling the truth throughout."""
         self._mark("running")
-        track: Track | None = None
         code = 1
         try:
-            trainer, untrained, track = self._prepare()
+            trainer, untrained = self._prepare()
             trainer.fit()
-            self._finish(trainer, untrained, track)
+            self._finish(trainer, untrained)
             self._mark("finished")
             code = EXIT_OK
         except Interrupted as reason:
             self._mark("interrupted", str(reason))
             self.console.print(
-                f"Saved at step {self.record.step}. To go on: vlx resume {self.run_dir}"
+                f"Saved at step {self.record.step}. To go on: vlx resume {self.run_dir}",
+                highlight=False,
+                soft_wrap=True,
             )
             code = EXIT_INTERRUPTED
         except VlxError as error:
             code = error.exit_code
-            self._mark("failed", str(error))
+            self._mark_failed(str(error))
             raise
         except BaseException as error:
-            self._mark("failed", f"{type(error).__name__}: {error}")
+            self._mark_failed(f"{type(error).__name__}: {error}")
             raise
         finally:
-            if track is not None:
-                track.close(code)
+            if self.progress is not None:
+                self.progress.close()
+            self.track.close(code)
         return code
 
     def _mark(self, state: str, message: str = "") -> None:
@@ -113,31 +115,18 @@ class Run:
         if self.parallel.is_main:
             self.record.write(self.run_dir)
 
-    def _prepare(self) -> tuple[Trainer, list[Metric], Track]:
+    def _mark_failed(self, message: str) -> None:
+        try:
+            self._mark("failed", message)
+        except StorageError:  # the disk is full: the first error is the one to show
+            log.warning(f"run.json could not be updated: the run failed ({message})")
+
+    def _prepare(self) -> tuple[Trainer, list[Metric]]:
         cfg, parallel = self.cfg, self.parallel
         snapshot = self._latest()
-        cls = registry.load(cfg.slug)
-        if not issubclass(cls, Trainable):
-            raise ConfigError(f"{cfg.slug} has no training step")
         source = open_source(cfg.data, cfg.data.train_split)
-        torch.manual_seed(cfg.seed)
-        roles = {"encoder": cfg.encoder, "teacher": cfg.teacher}
-        builder = EncoderBuilder(roles, source.info.num_classes, load_weights=snapshot is None)
-        method = cls(cfg.method, builder)
-        if method.couples_batch and cfg.train.accumulate > 1:
-            raise ConfigError(
-                f"train.accumulate={cfg.train.accumulate}: a loss of {cfg.slug} compares the "
-                "samples of a batch, so micro-batches would change it. Use train.accumulate=1"
-            )
-        pipeline = TrainPipeline(
-            source,
-            cls.needs(cfg.method),
-            cfg=cfg.data,
-            image_size=cfg.encoder.image_size,
-            seed=cfg.seed,
-            share=Share(cfg.train.batch_size, cfg.train.accumulate, parallel.rank, parallel.world),
-            device=parallel.device,
-        )
+        method = build_method(cfg, source, load_weights=snapshot is None)
+        pipeline = build_pipeline(cfg, source, type(method), parallel)
         total = total_steps(cfg, pipeline.steps_per_epoch)
         self.eval_data = EvalData(
             cfg.data,
@@ -149,9 +138,9 @@ class Run:
         )
         start = snapshot.step if snapshot else 0
         self.record.total_steps, self.record.step = total, start
-        track = self._open_track(start)
-        progress = ConsoleProgress(self.console, f"{cfg.command} {cfg.slug}", start, total)
-        hooks = Hooks(self._evaluate_during, track, progress, self.stop, self._saved)
+        self._open_track(start)
+        self.progress = ConsoleProgress(self.console, f"{cfg.command} {cfg.slug}", start, total)
+        hooks = Hooks(self._evaluate_during, self.track, self.progress, self.stop, self._saved)
         trainer = Trainer(
             cfg,
             method,
@@ -167,37 +156,41 @@ class Run:
         if snapshot is not None:
             trainer.restore(snapshot)
             log.info(f"resumed at step {start} of {total}")
-        return trainer, untrained, track
+        return trainer, untrained
 
     def _latest(self) -> checkpoint.Snapshot | None:
         """The newest good checkpoint; refuses one of another configuration."""
-        found = checkpoint.latest(self.run_dir / "checkpoints")
+        directory = self.run_dir / "checkpoints"
+        if self.parallel.is_main:
+            checkpoint.sweep(directory)
+        found = checkpoint.latest(directory)
         if found is None:
             return None
         snapshot = checkpoint.load(found)
-        check_same_config(snapshot.state["config"], self.values)
+        rundir.check_same_config(snapshot.state["config"], self.values)
         return snapshot
 
-    def _open_track(self, start: int) -> Track:
+    def _open_track(self, start: int) -> None:
         if not self.parallel.is_main:
-            return Fanout([])
+            return
         sinks: list[Track] = [JsonlTrack(self.run_dir / "metrics.jsonl", start)]
-        if self.cfg.track.name is Tracker.wandb:
-            try:
-                from vlx.track.wandb import WandbTrack
+        self.track = Fanout(sinks)
+        if self.cfg.track.name is not Tracker.wandb:
+            return
+        try:
+            from vlx.track.wandb import WandbTrack
 
-                sinks.append(
-                    WandbTrack(
-                        self.cfg.track,
-                        run_dir=self.run_dir,
-                        run_id=self.record.wandb_id,
-                        name=self.run_dir.name,
-                        config=self.values,
-                    )
+            sinks.append(
+                WandbTrack(
+                    self.cfg.track,
+                    run_dir=self.run_dir,
+                    run_id=self.record.wandb_id,
+                    sweep=self.record.sweep,
+                    config=self.values,
                 )
-            except Exception as error:  # no network, bad key: the run goes on without
-                log.warning(f"W&B is off for this run: {error}. track=none silences this")
-        return Fanout(sinks)
+            )
+        except Exception as error:  # no client, no network, bad key: the run goes on without
+            log.warning(f"W&B is off for this run: {error}. track=none silences this")
 
     def _saved(self, step: int) -> None:
         self.record.step = step
@@ -220,23 +213,22 @@ class Run:
         return "trained" if self.cfg.train.ema_decay is None else "ema"
 
     def _evaluate_end(self, trainer: Trainer, weights: str) -> Outcome:
-        outcome: list[Outcome] = []
-
-        def evaluate(step: int) -> dict[str, float]:
-            outcome.append(
-                run_evaluators(
-                    self.cfg.eval.at_end,
-                    self._subject(),
-                    self.eval_data,
-                    weights=weights,
-                    pictures_dir=self.run_dir / "pictures",
-                    main=self.parallel.is_main,
-                )
+        return trainer.evaluate_with(
+            lambda: run_evaluators(
+                self.cfg.eval.at_end,
+                self._subject(),
+                self.eval_data,
+                weights=weights,
+                pictures_dir=self.run_dir / "pictures",
+                main=self.parallel.is_main,
+                between=self._stop_here,
             )
-            return {}
+        )
 
-        trainer.evaluate_with(evaluate, trainer.progress.step)
-        return outcome[0]
+    def _stop_here(self) -> None:
+        """Between two evaluators: everything is saved, so a signal may end the run at once."""
+        if self.parallel.flags(bool(self.stop))[0]:
+            raise Interrupted(f"stopped by {self.stop.signal_name} during evaluation")
 
     def _untrained(self, trainer: Trainer, snapshot: checkpoint.Snapshot | None) -> list[Metric]:
         """What the model scores before training; measured once, read back on resume."""
@@ -244,7 +236,7 @@ class Run:
         if not self.cfg.eval.compare_untrained or not self.cfg.eval.at_end:
             return []
         if file.exists():
-            return [Metric(**metric) for metric in json.loads(file.read_text())]
+            return [Metric(**row) for row in json.loads(file.read_text())]
         if snapshot is not None:
             return []
         metrics = self._evaluate_end(trainer, "untrained").metrics
@@ -252,25 +244,22 @@ class Run:
             write_json(file, [asdict(metric) for metric in metrics])
         return metrics
 
-    def _finish(self, trainer: Trainer, untrained: list[Metric], track: Track) -> None:
+    def _finish(self, trainer: Trainer, untrained: list[Metric]) -> None:
         trainer.hooks.console.close()
-        wall = time.monotonic() - self.started
         outcome = self._evaluate_end(trainer, self._weights())
         step = trainer.progress.step
-        checksum = weights_checksum(self.method)  # gathers shards: on every process
+        weights = checkpoint.gather(self.method.state_dict(), keep=self.parallel.is_main)
         if not self.parallel.is_main:
             return
-        track.log(step, {f"eval/{m.name}": m.value for m in outcome.metrics})
-        for picture in outcome.pictures:
-            track.picture(step, f"pictures/{picture.stem}", picture)
         metrics = [*untrained, *outcome.metrics]
+        self._write_results(trainer, metrics, checkpoint.weights_checksum(weights))
+        self.track.log(step, {f"eval/{m.name}": m.value for m in outcome.metrics})
+        for picture in outcome.pictures:
+            self.track.picture(step, f"pictures/{picture.stem}", picture)
         rows = [[m.name, m.weights, m.value, m.split, m.protocol] for m in metrics]
-        track.table(step, "results", ["metric", "weights", "value", "split", "protocol"], rows)
-        self._write_results(trainer, metrics, checksum, wall)
+        self.track.table(step, "results", ["metric", "weights", "value", "split", "protocol"], rows)
 
-    def _write_results(
-        self, trainer: Trainer, metrics: list[Metric], checksum: str, wall: float
-    ) -> None:
+    def _write_results(self, trainer: Trainer, metrics: list[Metric], checksum: str) -> None:
         cfg, pipeline = self.cfg, trainer.pipeline
         device = self.parallel.device
         if device.type == "cuda":
@@ -295,51 +284,26 @@ class Run:
             hardware=hardware(str(device), self.parallel.world),
             versions=self.record.versions,
             commit=self.record.commit,
-            wall_time_s=round(wall, 2),
+            wall_time_s=round(trainer.progress.seconds, 2),
             peak_memory_mb=round(peak, 1),
             finished=rundir.now(),
             pictures=[str(p.relative_to(self.run_dir)) for p in all_pictures],
         ).write(self.run_dir)
 
 
-def total_steps(cfg: RunConfig, steps_per_epoch: int) -> int:
-    """`train.steps`, or `train.epochs` in steps."""
-    if cfg.train.steps is not None:
-        return cfg.train.steps
-    assert cfg.train.epochs is not None
-    return max(1, math.floor(cfg.train.epochs * steps_per_epoch))
+class _RunLog(logging.FileHandler):
+    """The run's log.txt; a full disk must not fill the terminal with tracebacks of logging."""
 
-
-def weights_checksum(method: torch.nn.Module) -> str:
-    """SHA-256 over names and bytes of the method's state; 16 hex digits."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(method.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(checkpoint.full(tensor).reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def check_same_config(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Refuse to resume under a changed config, with the difference."""
-    old, new = rundir.flatten(saved), rundir.flatten(current)
-    changed = [
-        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not rundir.is_harmless(key)
-    ]
-    if changed:
-        raise ConfigError(
-            f"the checkpoint was made with another configuration ({'; '.join(changed[:5])}). "
-            "Undo the change, or start a new run with encoder.checkpoint=RUN"
-        )
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's own name
+        pass
 
 
 def _log_to(run_dir: Path, rank: int) -> None:
     """Send the `vlx` log to the run's log.txt (log-rankN.txt on other processes)."""
-    name = "log.txt" if rank == 0 else f"log-rank{rank}.txt"
-    handler = logging.FileHandler(run_dir / name)
+    handler = _RunLog(run_dir / rundir.log_file(rank))
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    for old in [h for h in log.handlers if isinstance(h, logging.FileHandler)]:
+    for old in [h for h in log.handlers if isinstance(h, _RunLog)]:
         log.removeHandler(old)
+        old.close()
     log.addHandler(handler)
     log.setLevel(logging.INFO)

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from vlx.core.errors import VlxError
+from vlx.core.errors import ConfigError, StorageError, VlxError
 from vlx.core.files import write_json
 
 RUN_FILE = "run.json"
@@ -72,6 +72,11 @@ def read_record(run_dir: Path) -> RunRecord:
         raise VlxError(f"{run_dir / RUN_FILE} is not a run of vlx: {error}") from error
 
 
+def log_file(rank: int) -> str:
+    """Name of a process's log in the run directory."""
+    return "log.txt" if rank == 0 else f"log-rank{rank}.txt"
+
+
 def now() -> str:
     """UTC, ISO 8601, whole seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")
@@ -86,6 +91,21 @@ def config_hash(config: dict[str, Any]) -> str:
 def is_harmless(key: str) -> bool:
     """Whether a dotted key may change on resume."""
     return any(key == free or key.startswith(free + ".") for free in HARMLESS_KEYS)
+
+
+def check_same_config(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Refuse to resume under a changed config, with the difference."""
+    old, new = flatten(saved), flatten(current)
+    changed = [
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not is_harmless(key)
+    ]
+    if changed:
+        raise ConfigError(
+            f"the checkpoint was made with another configuration ({'; '.join(changed[:5])}). "
+            "Undo the change, or start a new run with encoder.checkpoint=RUN"
+        )
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -115,7 +135,7 @@ def make_run_dir(runs_dir: str, name: str | None, slug: str, seed: int) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise VlxError(f"cannot make {path}: {error.strerror}. Set runs_dir=DIR") from error
+            raise StorageError(f"cannot make {path}: {error.strerror}. Set runs_dir=DIR") from error
     raise VlxError(f"{root / names[0]} exists. `vlx resume` goes on with it; or choose name=OTHER")
 
 
@@ -123,17 +143,21 @@ def make_run_dir(runs_dir: str, name: str | None, slug: str, seed: int) -> Path:
 def locked(run_dir: Path) -> Iterator[None]:
     """Hold the run directory; a second process on it raises `VlxError` at once.
 
-    The kernel frees the lock when a process dies, so a killed run leaves none behind.
+    The kernel frees the lock when this process dies, so a killed run leaves none behind. It is a
+    POSIX lock, which forked children do not share: data workers that outlive a killed run by some
+    seconds do not hold it.
     """
     try:
         descriptor = os.open(run_dir / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
     except OSError as error:
-        raise VlxError(f"cannot write in {run_dir}: {error.strerror}") from error
+        raise StorageError(f"cannot write in {run_dir}: {error.strerror}") from error
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise VlxError(f"{run_dir} is in use by another process") from None
+            raise VlxError(
+                f"{run_dir} is in use by another process; wait for it or choose another run"
+            ) from None
         yield
     finally:
         os.close(descriptor)

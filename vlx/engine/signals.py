@@ -20,6 +20,10 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.signal is not None
 
+    @property
+    def signal_name(self) -> str:
+        return self.signal.name if self.signal is not None else "another process"
+
     def handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
             os._exit(128 + signal.SIGINT)

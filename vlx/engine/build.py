@@ -1,0 +1,61 @@
+"""Builds the parts of a run from its configuration."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from vlx.core import registry
+from vlx.core.errors import ConfigError
+from vlx.core.method import Trainable
+from vlx.data.pipeline import Share, TrainPipeline
+from vlx.data.source import Source
+from vlx.encoders.build import EncoderBuilder
+from vlx.engine.config import RunConfig
+from vlx.engine.parallel import Parallel
+
+
+def trainable(slug: str) -> type[Trainable]:
+    """The method's class; `ConfigError` for a method without a training step."""
+    cls = registry.load(slug)
+    if not issubclass(cls, Trainable):
+        raise ConfigError(f"{slug} has no training step")
+    return cls
+
+
+def build_method(cfg: RunConfig, source: Source, *, load_weights: bool) -> Trainable:
+    """The method with the weights of `cfg.seed`, or those that the config names."""
+    cls = trainable(cfg.slug)
+    if cls.couples_batch and cfg.train.accumulate > 1:
+        raise ConfigError(
+            f"train.accumulate={cfg.train.accumulate}: a loss of {cfg.slug} compares the "
+            "samples of a batch, so micro-batches would change it. Use train.accumulate=1"
+        )
+    torch.manual_seed(cfg.seed)
+    roles = {"encoder": cfg.encoder, "teacher": cfg.teacher}
+    builder = EncoderBuilder(roles, source.info.num_classes, load_weights=load_weights)
+    return cls(cfg.method, builder)
+
+
+def build_pipeline(
+    cfg: RunConfig, source: Source, cls: type[Trainable], parallel: Parallel
+) -> TrainPipeline:
+    """This process's share of the training data."""
+    return TrainPipeline(
+        source,
+        cls.needs(cfg.method),
+        cfg=cfg.data,
+        image_size=cfg.encoder.image_size,
+        seed=cfg.seed,
+        share=Share(cfg.train.batch_size, cfg.train.accumulate, parallel.rank, parallel.world),
+        device=parallel.device,
+    )
+
+
+def total_steps(cfg: RunConfig, steps_per_epoch: int) -> int:
+    """`train.steps`, or `train.epochs` in steps."""
+    if cfg.train.steps is not None:
+        return cfg.train.steps
+    assert cfg.train.epochs is not None
+    return max(1, math.floor(cfg.train.epochs * steps_per_epoch))
