@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,60 +13,165 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from vlx.config.explain import explain
+from vlx.config.overrides import check_override, parse
 from vlx.config.paths import conf_dir, presets
 from vlx.core import registry
-from vlx.core.errors import ConfigError, VlxError, nearest
+from vlx.core.errors import ConfigError, nearest
 from vlx.engine.config import RunConfig
-from vlx.engine.load import from_dict
-from vlx.engine.rundir import flatten
+from vlx.engine.load import from_dict, read_config
+from vlx.engine.rundir import CONFIG_FILE, flatten
 
 DEFAULT_PRESET = "tiny"
-GROUPS = ("encoder", "data", "optim", "schedule", "launcher", "track")
+EVALUATION_PRESET = "none"
+# What `vlx eval EVALUATOR` reads of the configuration; the rest concerns training.
+_EVALUATION_KEYS = (
+    "encoder",
+    "data",
+    "eval.batch_size",
+    "eval.crop_ratio",
+    "eval.max_train_samples",
+    "launcher",
+    "track",
+    "train.device",
+    "train.precision",
+    "train.threads",
+    "train.deterministic",
+    "seed",
+    "runs_dir",
+    "name",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Root:
+    """What overrides apply to: a file of conf/ and what the command line fixes under it."""
+
+    file: str
+    fixed: tuple[str, ...]
+    command: str
+    slug: str
+    preset: str
+    settable: tuple[str, ...] = ()
+    """Keys and sections that overrides may set; empty allows all."""
 
 
 def compose(
     slug: str, command: str, preset: str | None = None, overrides: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The resolved configuration of one run as plain values.
+    """The resolved configuration of one run of a method as plain values.
 
     Raises:
         VlxError: an unknown method, preset, key or group option (with the nearest names), or a
             value of the wrong type (with the key, the type expected and the value given).
     """
-    register(slug)
-    name = preset or DEFAULT_PRESET
-    fixed = [f"method={slug}", f"recipe={slug}", f"+preset={register_preset(slug, name)}"]
+    return compose_root(method_root(slug, command, preset), overrides)
+
+
+def compose_root(root: Root, overrides: Sequence[str]) -> dict[str, Any]:
+    """`compose`, for any root."""
     parsed = parse(overrides)
-    with _hydra():
-        _check_keys(parsed, fixed)
-        try:
-            config = hydra_compose("run", overrides=[*fixed, *overrides])
-            config.slug, config.command = slug, command
-            config.preset = name if preset is None or not _is_file(preset) else Path(preset).stem
-            plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
-        except (HydraException, OmegaConfBaseException) as error:
-            raise _explain(error, fixed) from error
+    with hydra_conf():
+        check(root, parsed)
+        return resolve(root, overrides, parsed)
+
+
+def check(root: Root, parsed: Sequence[Override]) -> None:
+    """Refuse keys outside the schema, `+` included: Hydra would add them silently."""
+    if not parsed:
+        return
+    known = _schema(root)
+    allowed = {key: value for key, value in known.items() if _settable(root, key)}
+    for override in parsed:
+        check_override(override, allowed)
+
+
+def _settable(root: Root, key: str) -> bool:
+    return not root.settable or any(
+        key == name or key.startswith(f"{name}.") for name in root.settable
+    )
+
+
+def resolve(
+    root: Root, overrides: Sequence[str], parsed: Sequence[Override] = ()
+) -> dict[str, Any]:
+    """Compose checked overrides; call inside `hydra_conf`."""
+    try:
+        config = hydra_compose(root.file, overrides=[*root.fixed, *overrides])
+        config.slug, config.command, config.preset = root.slug, root.command, root.preset
+        plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error, parsed, lambda: _names(root)) from error
     assert isinstance(plain, dict)
     values = {str(key): value for key, value in plain.items()}
+    for key, value in flatten(values).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{key}={value} must be a finite number")
     from_dict(RunConfig, values)  # runs the cross-field checks of the dataclasses
     return values
 
 
-def register(slug: str) -> None:
-    """Put the schema and the method's Config into Hydra's store."""
-    store = ConfigStore.instance()
-    store.store(name="schema", node=RunConfig)
-    store.store(group="method", name=slug, node=registry.config_class(slug))
+def method_root(slug: str, command: str, preset: str | None = None) -> Root:
+    """The recipe of a method under a preset: a name of experiments/SLUG/, or a file."""
+    _store_schema()
+    ConfigStore.instance().store(group="method", name=slug, node=registry.config_class(slug))
+    name = preset or DEFAULT_PRESET
+    stored = _store_preset(slug, name)
+    return Root(
+        file="run",
+        fixed=(f"method={slug}", f"recipe={slug}", f"+preset={stored}"),
+        command=command,
+        slug=slug,
+        preset=Path(name).stem if _is_file(name) else name,
+    )
 
 
-def register_preset(slug: str, preset: str) -> str:
-    """Put a preset, a name of experiments/SLUG/ or a file, into Hydra's store; returns its name."""
+def evaluation_root(evaluator: str, overrides: Sequence[str]) -> Root:
+    """What `vlx eval EVALUATOR` starts from.
+
+    Where encoder.checkpoint is a run directory, that run's encoder, data and evaluation view are
+    the defaults; `encoder=NAME` or `data=NAME` among the overrides drop the run's section.
+    """
+    _store_schema()
+    parsed = parse(overrides)
+    given = {o.key_or_group: o.value() for o in parsed if not o.is_sweep_override()}
+    checkpoint = given.get("encoder.checkpoint")
+    if checkpoint is None and not any(o.key_or_group == "encoder.checkpoint" for o in parsed):
+        raise ConfigError(
+            "encoder.checkpoint is missing: a run directory, a .safetensors or a .pth file, "
+            f"e.g. vlx eval {evaluator} encoder.checkpoint=runs/NAME"
+        )
+    defaults: dict[str, Any] = {}
+    run = Path(str(checkpoint)).expanduser()
+    if checkpoint is not None and (run / CONFIG_FILE).is_file():
+        values = read_config(run)
+        defaults = {key: values[key] for key in ("encoder", "data") if key not in given}
+        defaults["eval"] = {
+            key: value for key, value in values["eval"].items() if f"eval.{key}" in _EVALUATION_KEYS
+        }
+    ConfigStore.instance().store(
+        group="preset", name="of-run", node=OmegaConf.create(defaults), package="_global_"
+    )
+    return Root(
+        file="eval",
+        fixed=("+preset=of-run", f"eval.at_end=[{evaluator}]", "eval.compare_untrained=false"),
+        command="eval",
+        slug=evaluator,
+        preset=EVALUATION_PRESET,
+        settable=_EVALUATION_KEYS,
+    )
+
+
+def _store_schema() -> None:
+    ConfigStore.instance().store(name="schema", node=RunConfig)
+
+
+def _store_preset(slug: str, preset: str) -> str:
     known = presets(slug)
     path = Path(preset).expanduser() if _is_file(preset) else known.get(preset)
     if path is None:
@@ -86,86 +192,37 @@ def _is_file(preset: str) -> bool:
     return preset.endswith((".yaml", ".yml"))
 
 
-def parse(overrides: Sequence[str]) -> list[Override]:
-    """Hydra's own parse of `key=value` words; raises `ConfigError` for what it cannot read."""
-    try:
-        return OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        bad = re.search(r"Error parsing override '(.*?)'\n(.*)", str(error), re.DOTALL)
-        text = bad[1] if bad else str(error).splitlines()[0]
-        raise ConfigError(f"cannot read '{text}': write key=value, e.g. train.steps=200") from error
-
-
 def keys(slug: str, preset: str = DEFAULT_PRESET) -> dict[str, Any]:
     """Every dotted key of a method's configuration with its value under a preset."""
-    register(slug)
-    fixed = [f"method={slug}", f"recipe={slug}", f"+preset={register_preset(slug, preset)}"]
-    with _hydra():
-        return _schema(fixed)
-
-
-def group_options(group: str) -> list[str]:
-    """Names that `group=NAME` accepts."""
-    return sorted(file.stem for file in (conf_dir() / group).glob("*.yaml"))
+    with hydra_conf():
+        return _schema(method_root(slug, "", preset))
 
 
 @contextmanager
-def _hydra() -> Iterator[None]:
+def hydra_conf() -> Iterator[None]:
+    """Hydra's global state for the length of a composition, on conf/."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name="vlx"):
         yield
 
 
-def _schema(fixed: list[str]) -> dict[str, Any]:
-    config = hydra_compose("run", overrides=fixed)
+def _schema(root: Root) -> dict[str, Any]:
+    try:
+        config = hydra_compose(root.file, overrides=[*root.fixed])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error, (), lambda: _names(root)) from error
     plain = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
     assert isinstance(plain, dict)
     return flatten({str(k): v for k, v in plain.items()})
 
 
-def _check_keys(parsed: list[Override], fixed: list[str]) -> None:
-    """Refuse keys outside the schema, `+` included: Hydra would add them silently."""
-    if not parsed:
-        return
-    known = _schema(fixed)
-    sections = {key.rsplit(".", n)[0] for key in known for n in range(1, key.count(".") + 1)}
-    for override in parsed:
-        key = override.key_or_group
-        if key in GROUPS or key in known or key.startswith("hydra"):
-            continue
-        if key == "teacher" or key.startswith("teacher."):
-            continue  # null until its group or name is chosen
-        if key in sections:
-            example = next(name for name in known if name.startswith(f"{key}."))
-            raise ConfigError(f"'{key}' is a section; set one of its keys, e.g. {example}")
-        raise ConfigError(f"unknown key '{key}'. {nearest(key, [*known, *GROUPS])}")
-
-
-def _explain(error: Exception, fixed: list[str]) -> VlxError:
-    """One line in the user's words for what Hydra or OmegaConf raised."""
-    root: BaseException = error
-    while root.__cause__ is not None:
-        root = root.__cause__
-    key = getattr(root, "full_key", None) or getattr(error, "full_key", None)
-    text = str(root)
-    value = re.search(r"Value '(.*?)' of type '(.*?)' could not be converted to (\w+)", text)
-    if value:
-        return ConfigError(f"{key}={value[1]} is not a valid {_plain_type(value[3])}")
-    enum = re.search(r"Invalid value '(.*?)', expected one of \[(.*?)\]", text)
-    if enum:
-        return ConfigError(
-            f"{key}={enum[1]} must be one of {enum[2]}. {nearest(enum[1], enum[2].split(', '))}"
-        )
-    option = re.search(r"Could not find '(\w+)/(.*?)'", text)
-    if option:
-        group, name = option[1], option[2]
-        return ConfigError(f"no {group} '{name}'. {nearest(name, group_options(group))}")
-    first = text.splitlines()[0] if text else type(root).__name__
-    return ConfigError(f"{key}: {first}" if key else first)
-
-
-def _plain_type(name: str) -> str:
-    return {"Integer": "integer", "Float": "number", "Boolean": "true or false"}.get(name, name)
+def _names(root: Root) -> list[str]:
+    """Every key by the dataclasses alone, for when a file of conf/ does not compose."""
+    plain = OmegaConf.to_container(OmegaConf.structured(RunConfig))
+    names = list(flatten(plain))
+    if root.file == "run":
+        names += [f"method.{f.name}" for f in fields(registry.config_class(root.slug))]
+    return names
 
 
 def to_yaml(config: dict[str, Any]) -> str:

@@ -25,3 +25,12 @@ def _locate(name: str) -> Path:
 def presets(slug: str) -> dict[str, Path]:
     """Preset files of a method by name."""
     return {file.stem: file for file in sorted((experiments_dir() / slug).glob("*.yaml"))}
+
+
+# Folders of conf/ whose files `GROUP=NAME` chooses.
+GROUPS = ("encoder", "data", "optim", "schedule", "launcher", "track")
+
+
+def group_options(group: str) -> list[str]:
+    """Names that `group=NAME` accepts."""
+    return sorted(file.stem for file in (conf_dir() / group).glob("*.yaml"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from vlx.core.errors import ConfigError
@@ -195,3 +196,7 @@ class RunConfig:
     """Folder in which run directories are made."""
     name: str | None = None
     """Name of the run directory; null makes one from time, method and seed."""
+
+    def __post_init__(self) -> None:
+        if self.name is not None and (not self.name or self.name != Path(self.name).name):
+            raise ConfigError(f"name={self.name!r} must be a folder's name without '/'")
