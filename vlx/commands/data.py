@@ -13,8 +13,9 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from vlx.config.compose import compose, group_options, parse
-from vlx.config.paths import conf_dir
+from vlx.config.compose import compose
+from vlx.config.overrides import parse
+from vlx.config.paths import conf_dir, group_options
 from vlx.core import registry
 from vlx.core.errors import ConfigError, DataError, nearest
 from vlx.data.config import DataConfig, Resident
