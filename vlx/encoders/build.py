@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,8 @@ from vlx.encoders.checkpoint import load_encoder
 from vlx.encoders.config import EncoderConfig, PosEmbed
 from vlx.encoders.conv_mae import ConvMae, is_conv_mae
 from vlx.encoders.timm_vit import TimmVit, load_published
+
+log = logging.getLogger("vlx")
 
 
 class EncoderBuilder:
@@ -52,6 +55,11 @@ class EncoderBuilder:
         encoder = ConvMae(cfg) if is_conv_mae(cfg.name) else TimmVit(cfg)
         if init is not None:
             init(encoder)
+        if self.load_weights and role != "encoder" and not (cfg.pretrained or cfg.checkpoint):
+            log.warning(
+                f"the {role} has random weights and teaches nothing: set {role}.checkpoint=RUN, or "
+                f"{role}.pretrained=true for timm's published weights"
+            )
         if self.load_weights and cfg.pretrained:
             load_published(encoder, cfg)
         if self.load_weights and cfg.checkpoint:

@@ -62,3 +62,11 @@ def crop_resize(
     rows, columns = rows.to(images.dtype), columns.to(images.dtype)
     out = rows[:, None] @ images @ columns.transpose(1, 2)[:, None]
     return out.clamp(0.0, 1.0) if interpolation is Interpolation.bicubic else out
+
+
+def resize(images: Tensor, side: int) -> Tensor:
+    """Whole square images `(B, C, H, H)` to `side`, bicubic; untouched when they have it."""
+    if images.shape[-1] == side:
+        return images
+    extent = torch.tensor([0.0, 0.0, *images.shape[-2:]], device=images.device)
+    return crop_resize(images, extent.expand(len(images), 4), (side, side), Interpolation.bicubic)
