@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
-from vlx.core import registry
+from vlx import __version__
 from vlx.core.errors import EXIT_USER_ERROR, VlxError
 
 app = typer.Typer(
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Run, compare and extend published vision and vision-language methods.",
@@ -26,91 +25,214 @@ app.add_typer(data_app, name="data")
 console = Console()
 errors = Console(stderr=True)
 
-# Options may stand anywhere among the overrides; what typer does not know reaches `rest`.
-_OPEN = {"allow_extra_args": True, "ignore_unknown_options": True}
-Method = Annotated[str, typer.Argument(help="The method's slug; `vlx list` shows all.")]
+
+def _complete(what: str) -> Callable[[typer.Context, str], list[Any]]:
+    """A shell completion of `commands.complete`, imported when the shell asks."""
+
+    def complete(ctx: typer.Context, incomplete: str) -> list[Any]:
+        from vlx.commands import complete as completions
+
+        return getattr(completions, what)(ctx, incomplete)
+
+    return complete
+
+
+Method = Annotated[
+    str,
+    typer.Argument(
+        help="The method's slug (`vlx list`); for `eval`, an evaluator.",
+        autocompletion=_complete("methods"),
+    ),
+]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="key=value overrides, e.g. train.steps=200 data=cifar10")
+    list[str] | None,
+    typer.Argument(
+        help="key=value overrides, e.g. train.steps=200 data=cifar10; see `vlx show METHOD`.",
+        autocompletion=_complete("overrides"),
+    ),
 ]
 Preset = Annotated[
-    str | None, typer.Option("--preset", "-p", help="smoke, tiny (default), paper, or a file.")
+    str | None,
+    typer.Option(
+        "--preset",
+        "-p",
+        help="smoke, tiny (default), paper, or a file.",
+        autocompletion=_complete("preset_names"),
+    ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print sizes, costs and the config; run nothing.")
+]
+Cfg = Annotated[
+    str | None, typer.Option("--cfg", "-c", help="job: print the resolved config; run nothing.")
+]
+Multirun = Annotated[
+    bool,
+    typer.Option(
+        "--multirun",
+        "-m",
+        help="Run every combination of keys with several values, e.g. seed=0,1,2. "
+        "hydra/launcher=NAME and hydra/sweeper=NAME use Hydra's plugins.",
+    ),
+]
+Jobs = Annotated[int, typer.Option("--jobs", help="Jobs of a sweep at work at once.")]
+FailFast = Annotated[bool, typer.Option("--fail-fast", help="Stop a sweep at its first failure.")]
+Objective = Annotated[
+    str | None,
+    typer.Option(
+        "--objective",
+        help="Metric that a hydra/sweeper optimises, e.g. knn/top1; else the first of the results.",
+    ),
+]
+InSweep = Annotated[Path | None, typer.Option("--in-sweep", hidden=True)]
+RunDir = Annotated[
+    Path, typer.Argument(help="A run's directory.", autocompletion=_complete("run_dirs"))
+]
+
+# What runs a method, with the line of help; `eval` also takes evaluators.
+_COMMANDS = {
+    "pretrain-mim": "Pre-train a masked-image method.",
+    "pretrain": "Alias of pretrain-mim.",
+    "align": "Align images and text.",
+    "finetune": "Adapt an encoder to a task.",
+    "prune-tokens": "Reduce the tokens of a ViT.",
+    "eval": "Evaluate an encoder: knn, linear-probe, reconstruction.",
+}
+_ALIASES = {"pretrain": "pretrain-mim"}
 
 
-def _run(command: str, method: str, rest: list[str] | None, preset: str | None) -> None:
-    from vlx.commands.start import start
-
-    raise typer.Exit(start(command, method, preset, rest or [], console))
-
-
-@app.command("pretrain-mim", context_settings=_OPEN, help="Pre-train a masked-image method.")
-@app.command("pretrain", context_settings=_OPEN, help="Alias of pretrain-mim.")
-def pretrain(
-    method: Method, rest: Overrides = None, preset: Preset = None, debug: Debug = False
+def run_method(
+    ctx: typer.Context,
+    method: Method,
+    rest: Overrides = None,
+    preset: Preset = None,
+    dry_run: DryRun = False,
+    cfg: Cfg = None,
+    multirun: Multirun = False,
+    jobs: Jobs = 1,
+    fail_fast: FailFast = False,
+    objective: Objective = None,
+    in_sweep: InSweep = None,
+    debug: Debug = False,
 ) -> None:
-    _run("pretrain-mim", method, rest, preset)
+    """Every command that runs something; its name says which."""
+    from vlx.commands.start import Line, start
+
+    name = ctx.info_name or ""
+    line = Line(
+        command=_ALIASES.get(name, name),
+        name=method,
+        preset=preset,
+        overrides=rest or [],
+        cfg=cfg,
+        dry_run=dry_run,
+        multirun=multirun,
+        jobs=jobs,
+        fail_fast=fail_fast,
+        objective=objective,
+        in_sweep=in_sweep,
+    )
+    raise typer.Exit(start(line, console))
 
 
-@app.command("align", context_settings=_OPEN, help="Align images and text.")
-def align(
-    method: Method, rest: Overrides = None, preset: Preset = None, debug: Debug = False
+for _name, _help in _COMMANDS.items():
+    app.command(_name, help=_help)(run_method)
+
+
+@app.command("sweep", help="Go on with a sweep: run its missing and failed jobs.")
+def sweep(
+    directory: Annotated[
+        Path,
+        typer.Argument(
+            help="runs/sweeps/NAME, made by --multirun.", autocompletion=_complete("sweep_dirs")
+        ),
+    ],
+    jobs: Jobs = 1,
+    fail_fast: FailFast = False,
+    debug: Debug = False,
 ) -> None:
-    _run("align", method, rest, preset)
+    from vlx.commands.sweep import go_on
+
+    raise typer.Exit(go_on(directory, console, parallel=jobs, fail_fast=fail_fast))
 
 
-@app.command("finetune", context_settings=_OPEN, help="Adapt an encoder to a task.")
-def finetune(
-    method: Method, rest: Overrides = None, preset: Preset = None, debug: Debug = False
+@app.command("runs", help="Past runs, their state and headline numbers.")
+def runs(
+    directory: Annotated[Path, typer.Argument(help="Where the runs are.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    debug: Debug = False,
 ) -> None:
-    _run("finetune", method, rest, preset)
+    from vlx.commands.runs import list_runs
 
-
-@app.command("prune-tokens", context_settings=_OPEN, help="Reduce the tokens of a ViT.")
-def prune_tokens(
-    method: Method, rest: Overrides = None, preset: Preset = None, debug: Debug = False
-) -> None:
-    _run("prune-tokens", method, rest, preset)
+    list_runs(directory, as_json=as_json, console=console, errors=errors)
 
 
 @app.command("resume", help="Go on with an interrupted run.")
-def resume(run: Annotated[Path, typer.Argument()], debug: Debug = False) -> None:
-    from vlx.commands.start import resume as resume_run
+def resume(run: RunDir, rest: Overrides = None, debug: Debug = False) -> None:
+    from vlx.commands.runs import resume as resume_run
 
-    raise typer.Exit(resume_run(run, console))
+    raise typer.Exit(resume_run(run, rest or [], console))
+
+
+@app.command("rerun", help="Repeat a run from its frozen configuration.")
+def rerun(
+    run: RunDir,
+    name: Annotated[str | None, typer.Option("--name", help="Of the new run directory.")] = None,
+    debug: Debug = False,
+) -> None:
+    from vlx.commands.runs import rerun as rerun_run
+
+    raise typer.Exit(rerun_run(run, name, console))
 
 
 @app.command("list", help="List the methods.")
 def list_methods(
+    command: Annotated[str | None, typer.Option(help="Only those of a command.")] = None,
+    family: Annotated[str | None, typer.Option(help="Only those of a family.")] = None,
+    modality: Annotated[str | None, typer.Option(help="Only those that use it.")] = None,
+    search: Annotated[str | None, typer.Option(help="Only those with this text.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="The README's table.")] = False,
+    debug: Debug = False,
 ) -> None:
-    papers = registry.papers()
-    if as_json:
-        rows = [
-            {
-                "slug": p.slug,
-                "number": p.number,
-                "title": p.title,
-                "commands": p.commands,
-                "family": p.family,
-                "modalities": p.modalities,
-                "year": p.year,
-                "url": p.url,
-            }
-            for p in papers.values()
-        ]
-        typer.echo(json.dumps(rows, indent=2))
-        return
-    table = Table("slug", "title", "command", "family", "modalities")
-    for paper in papers.values():
-        table.add_row(
-            paper.slug,
-            paper.title,
-            ", ".join(paper.commands),
-            paper.family,
-            ", ".join(paper.modalities),
-        )
-    console.print(table)
+    from vlx.commands.listing import list_methods as list_all
+
+    list_all(
+        command=command,
+        family=family,
+        modality=modality,
+        search=search,
+        form="json" if as_json else "markdown" if as_markdown else "table",
+        console=console,
+        errors=errors,
+    )
+
+
+@app.command("show", help="A method: its paper, every config key, its presets, its data.")
+def show(method: Method, debug: Debug = False) -> None:
+    from vlx.commands.listing import show as show_method
+
+    show_method(method, console)
+
+
+@app.command("doctor", help="What works here, and what to type to mend the rest.")
+def doctor(debug: Debug = False) -> None:
+    from vlx.commands.doctor import doctor as examine
+
+    raise typer.Exit(examine(console))
+
+
+@app.callback(invoke_without_command=True)
+def vlx(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
 
 
 @data_app.command("list", help="Kinds of data sources and what they read.")
@@ -148,17 +270,26 @@ def data_preview(
 
 
 def main() -> None:
-    """Entry point: a `VlxError` is one line on stderr and its exit code; `--debug` shows more."""
+    """Entry point: a mistake is one line on stderr and exit code 2; `--debug` shows more."""
     logging.getLogger("vlx").addHandler(_StderrHandler())
     try:
-        app()
+        code = app(prog_name="vlx", standalone_mode=False)
     except VlxError as error:
         if "--debug" in sys.argv:
             raise
-        errors.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        _say_error(str(error))
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # typer's own: an unknown option, a missing word
+            raise
+        _say_error(error.format_message())  # type: ignore[attr-defined]
         sys.exit(EXIT_USER_ERROR)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say_error(text: str) -> None:
+    line = " ".join(text.split())
+    errors.print(f"[bold red]error:[/] {escape(line)}", highlight=False, soft_wrap=True)
 
 
 class _StderrHandler(logging.Handler):
@@ -168,10 +299,4 @@ class _StderrHandler(logging.Handler):
         super().__init__(logging.WARNING)
 
     def emit(self, record: logging.LogRecord) -> None:
-        errors.print(f"[yellow]{_escape(record.getMessage())}[/]", highlight=False, soft_wrap=True)
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+        errors.print(f"[yellow]{escape(record.getMessage())}[/]", highlight=False, soft_wrap=True)

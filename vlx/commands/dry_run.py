@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vlx.config.compose import to_yaml
 from vlx.core import registry
+from vlx.core.capability import ImageFeatures
 from vlx.core.fields import Batch, Needs
 from vlx.core.method import StepContext, Trainable
+from vlx.data.open import open_source
 from vlx.encoders.build import EncoderBuilder
 from vlx.engine.config import Optimizer, RunConfig
+from vlx.engine.evaluate_encoder import build_subject
+from vlx.engine.load import from_dict, run_config
+from vlx.engine.optim import peak_lr
+from vlx.engine.run import total_steps
 
 _COUNTED_BATCH = 2
 _OPTIMIZER_COPIES = {Optimizer.adamw: 2, Optimizer.lamb: 2, Optimizer.sgd: 1, Optimizer.lars: 1}
@@ -67,6 +78,23 @@ def measure(cfg: RunConfig, num_classes: int = 1000) -> DryRun:
     )
 
 
+def measure_evaluation(cfg: RunConfig) -> DryRun:
+    """The same of `vlx eval`: one image through the encoder, nothing kept for a backward pass."""
+    with torch.device("meta"), torch.no_grad():
+        subject, module = build_subject(cfg, load_weights=False)
+        size = cfg.encoder.image_size
+        images = torch.empty(_COUNTED_BATCH, 3, size, size)
+        with _count_tokens(module) as tokens, FlopCounterMode(display=False) as flops:
+            subject.get(ImageFeatures).image_features(images)
+    return DryRun(
+        total_params=sum(p.numel() for p in module.parameters()),
+        trainable_params=0,
+        gmacs=flops.get_total_flops() / 2 / _COUNTED_BATCH / 1e9,
+        activation_bytes=0,
+        tokens=tokens,
+    )
+
+
 def memory_bytes(report: DryRun, cfg: RunConfig, processes: int = 1) -> int:
     """An estimate of one process's memory: weights, gradients, optimizer state, activations."""
     copies = 2 + _OPTIMIZER_COPIES[cfg.optim.name] + (cfg.train.ema_decay is not None)
@@ -86,6 +114,61 @@ def meta_batch(needs: Needs, size: int, batch_size: int) -> Batch:
     for wanted in needs.fields:
         batch[wanted.name] = torch.empty(batch_size, dtype=wanted.dtype)
     return batch
+
+
+def print_dry_run(config: dict[str, Any], console: Console) -> None:
+    """What a run of this resolved config will be. Builds on the meta device, writes nothing."""
+    evaluation = config["method"] is None
+    cfg = from_dict(RunConfig, config) if evaluation else run_config(config)
+    steps, classes = ("none: no training", 0) if evaluation else _steps(cfg)
+    report = measure_evaluation(cfg) if evaluation else measure(cfg, classes or 1000)
+    table = Table(title=f"{cfg.command} {cfg.slug}, preset {cfg.preset}", show_header=False)
+    table.add_row("parameters", f"{report.total_params:,} total")
+    table.add_row("", f"{report.trainable_params:,} trainable")
+    what = "of one image" if evaluation else "of one sample's training forward"
+    table.add_row("GMACs", f"{report.gmacs:.3f} {what}")
+    for where, counts in report.tokens.items():
+        table.add_row(f"tokens in {where}", _counts(counts))
+    if not evaluation:
+        processes = cfg.launcher.processes * cfg.launcher.nodes
+        memory = memory_bytes(report, cfg, processes) / 2**30
+        table.add_row("memory", f"about {memory:.2f} GiB a process, {processes} of them (fp32)")
+        table.add_row("steps", steps)
+        table.add_row("learning rate", _learning_rate(cfg))
+    console.print(table)
+    console.print(to_yaml(config), highlight=False, markup=False, soft_wrap=True, end="")
+
+
+def _steps(cfg: RunConfig) -> tuple[str, int]:
+    """(the run's length in words, classes of the data); 0 classes where the data is not here."""
+    try:
+        source = open_source(cfg.data, cfg.data.train_split)
+    except Exception as error:  # a dry run needs no data
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if cfg.train.steps is not None:
+            return f"{cfg.train.steps:,}", 0
+        return f"unknown, {cfg.train.epochs:g} epochs: {reason}", 0
+    classes = source.info.num_classes
+    per_epoch = len(source) // cfg.train.batch_size
+    if cfg.train.steps is None and per_epoch == 0:
+        size = f"train.batch_size={cfg.train.batch_size}"
+        return f"unknown: {size} is larger than the {len(source)} samples of the data", classes
+    total = total_steps(cfg, per_epoch)
+    epochs = f", {total / per_epoch:g} epochs of {len(source):,} samples" if per_epoch else ""
+    return f"{total:,}{epochs}", classes
+
+
+def _learning_rate(cfg: RunConfig) -> str:
+    peak = peak_lr(cfg.optim, cfg.train.batch_size)
+    if cfg.optim.lr is not None:
+        return f"{peak:.4g} (optim.lr)"
+    return f"{peak:.4g} = {cfg.optim.base_lr:g} x batch {cfg.train.batch_size} / 256"
+
+
+def _counts(counts: Sequence[int]) -> str:
+    """Token counts by block, runs of equal ones shortened: `50 x 12`."""
+    parts = [(value, len(list(same))) for value, same in itertools.groupby(counts)]
+    return ", ".join(f"{value} x {times}" if times > 1 else str(value) for value, times in parts)
 
 
 @contextmanager

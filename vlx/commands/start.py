@@ -4,44 +4,110 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from vlx.config.compose import compose, to_yaml
+from vlx.config.compose import Root, compose_root, evaluation_root, method_root, to_yaml
 from vlx.core import registry
-from vlx.core.errors import VlxError
+from vlx.core.errors import ConfigError, VlxError, nearest
 from vlx.core.files import write_atomic
 from vlx.core.results import Results, read_results
 from vlx.engine import rundir
 from vlx.engine.environment import git_commit, versions
 from vlx.engine.launch import launch, read_launcher
+from vlx.evals.registry import EVALUATORS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """The words of a command that runs something."""
+
+    command: str
+    name: str
+    """A method's slug, or for `eval` an evaluator."""
+    preset: str | None = None
+    overrides: Sequence[str] = ()
+    cfg: str | None = None
+    dry_run: bool = False
+    multirun: bool = False
+    jobs: int = 1
+    fail_fast: bool = False
+    objective: str | None = None
+    in_sweep: Path | None = None
+    """Run directory within a plugin's sweep; set by vlx itself."""
+
+
+def start(line: Line, console: Console) -> int:
+    """Do what a line says and print what came out. Returns an exit code."""
+    root = root_of(line)
+    if line.cfg not in (None, "job"):
+        raise ConfigError(f"--cfg {line.cfg}: only --cfg job, the resolved configuration")
+    if line.multirun:
+        from vlx.commands.multirun import multirun
+
+        return multirun(line, root, console)
+    config = compose_root(root, line.overrides)
+    if line.cfg:
+        sys.stdout.write(to_yaml(config))
+        return 0
+    if line.dry_run:
+        from vlx.commands.dry_run import print_dry_run
+
+        print_dry_run(config, console)
+        return 0
+    if line.in_sweep is not None:
+        from vlx.commands.multirun import run_in_sweep
+
+        return run_in_sweep(line, line.in_sweep, config, console)
+    return run(prepare(config, line.overrides), console)
+
+
+def root_of(line: Line) -> Root:
+    """What the line's overrides apply to; checks the command, the name and the preset."""
+    if line.command == "eval" and line.name in EVALUATORS:
+        if line.preset is not None:
+            raise ConfigError(f"--preset {line.preset}: vlx eval {line.name} has no presets")
+        return evaluation_root(line.name, line.overrides)
+    check_command(line.command, line.name)
+    return method_root(line.name, line.command, line.preset)
 
 
 def check_command(command: str, slug: str) -> None:
     """Raise `VlxError` when the method belongs to another command, naming it."""
+    papers = registry.papers()
+    if command == "eval" and slug not in papers:
+        own = [name for name, paper in papers.items() if "eval" in paper.commands]
+        raise VlxError(f"no evaluation '{slug}'. {nearest(slug, [*EVALUATORS, *own])}".rstrip())
     commands = registry.find(slug).paper.commands
     if command not in commands:
         raise VlxError(f"{slug} belongs to another command: vlx {commands[0]} {slug}")
 
 
-def start(
-    command: str, slug: str, preset: str | None, overrides: Sequence[str], console: Console
-) -> int:
-    """Compose, make the run directory, run, and print the results. Returns an exit code."""
-    check_command(command, slug)
-    config = compose(slug, command, preset, overrides)
-    run_dir = prepare(config, overrides)
-    return run(run_dir, console)
+def prepare(
+    config: dict[str, Any],
+    overrides: Sequence[str],
+    *,
+    sweep: str | None = None,
+    run_dir: Path | None = None,
+) -> Path:
+    """Make the run directory with its frozen `config.yaml` and its `run.json`.
 
-
-def prepare(config: dict[str, Any], overrides: Sequence[str], *, sweep: str | None = None) -> Path:
-    """Make the run directory with its frozen `config.yaml` and its `run.json`."""
-    run_dir = rundir.make_run_dir(
-        config["runs_dir"], config["name"], config["slug"], config["seed"]
-    )
+    run_dir: where a sweep wants it; None names it after time, method and seed. One that is there
+    without a `run.json` (somebody was killed here) is used.
+    """
+    if run_dir is None:
+        run_dir = rundir.make_run_dir(
+            config["runs_dir"], config["name"], config["slug"], config["seed"]
+        )
+    else:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise VlxError(f"cannot make {run_dir}: {error.strerror}") from error
     record = rundir.RunRecord(
         id=run_dir.name,
         command=config["command"],
@@ -63,7 +129,7 @@ def prepare(config: dict[str, Any], overrides: Sequence[str], *, sweep: str | No
 
 def run(run_dir: Path, console: Console) -> int:
     """Execute a prepared or interrupted run and print what came out."""
-    console.print(f"run directory: {run_dir}", highlight=False)
+    console.print(f"run directory: {run_dir}", highlight=False, soft_wrap=True)
     code = launch(run_dir, read_launcher(run_dir))
     if code == 0:
         print_results(run_dir, console)
@@ -83,7 +149,8 @@ def print_results(run_dir: Path, console: Console) -> None:
 def results_table(results: Results) -> Table:
     """Metrics by row; a column each for untrained and trained weights."""
     kinds = list(dict.fromkeys(metric.weights for metric in results.metrics))
-    table = Table(title=f"{results.method} on {_split(results)}, {results.steps} steps")
+    length = f", {results.steps} steps" if results.steps else ""
+    table = Table(title=f"{results.method} on {_split(results)}{length}")
     table.add_column("metric")
     for kind in kinds:
         table.add_column(kind, justify="right")
@@ -99,13 +166,3 @@ def results_table(results: Results) -> Table:
 
 def _split(results: Results) -> str:
     return results.metrics[0].split if results.metrics else "no evaluation"
-
-
-def resume(run_dir: Path, console: Console) -> int:
-    """Go on with an interrupted run; a finished one says so and shows its results."""
-    record = rundir.read_record(run_dir)
-    if record.state == "finished":
-        console.print(f"{run_dir} is finished; nothing to resume", highlight=False)
-        print_results(run_dir, console)
-        return 0
-    return run(run_dir, console)

@@ -37,7 +37,10 @@ class Entry:
 
 def read_paper(file: Path) -> Paper:
     """The `PAPER = Paper(...)` literal of a method's file; raises `VlxError` when it has none."""
-    source = file.read_text(encoding="utf-8")
+    try:
+        source = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise VlxError(f"{file} cannot be read: {error}") from error
     start = source.find("\nPAPER = Paper(")
     end = source.find("\n)", start)
     if start < 0 or end < 0:
@@ -75,7 +78,7 @@ def scan(methods_dir: Path = METHODS_DIR) -> tuple[dict[str, Entry], list[str]]:
     for module, file in candidates:
         try:
             paper = read_paper(file)
-        except (VlxError, OSError) as error:
+        except VlxError as error:
             problems.append(str(error))
             continue
         if paper.slug in found:
@@ -104,8 +107,11 @@ def find(slug: str) -> Entry:
 def load(slug: str) -> type[Method]:
     """Import one method's module (this imports torch) and return its `METHOD`."""
     entry = find(slug)
-    module = importlib.import_module(entry.module)
-    return module.METHOD
+    try:
+        return importlib.import_module(entry.module).METHOD
+    except Exception as error:  # a plugin may raise anything
+        reason = f"{type(error).__name__}: {error}"
+        raise VlxError(f"{slug} cannot be imported from {entry.file}: {reason}") from error
 
 
 def config_class(slug: str) -> type[MethodConfig]:
@@ -119,10 +125,11 @@ def config_class(slug: str) -> type[MethodConfig]:
     if name in sys.modules:
         return sys.modules[name].CONFIG
     module = ModuleType(name)
-    tree = ast.parse(entry.file.read_text(encoding="utf-8"))
-    tree.body = [node for node in tree.body if _is_schema(node)]
+    module.__file__ = str(entry.file)
     sys.modules[name] = module
     try:
+        tree = ast.parse(entry.file.read_text(encoding="utf-8"))
+        tree.body = [node for node in tree.body if _is_schema(node)]
         exec(compile(tree, str(entry.file), "exec"), module.__dict__)
         configs = [
             value

@@ -28,6 +28,7 @@ from vlx.engine.build import build_method, build_pipeline, total_steps
 from vlx.engine.config import RunConfig
 from vlx.engine.environment import hardware
 from vlx.engine.evaluate import Outcome, run_evaluators
+from vlx.engine.evaluate_encoder import execute_evaluation
 from vlx.engine.load import read_config, run_config
 from vlx.engine.loop import Hooks, Trainer
 from vlx.engine.parallel import Parallel
@@ -48,6 +49,8 @@ def execute(run_dir: Path, *, console: Console | None = None) -> int:
     Raises `VlxError` for what the user can mend; `run.json` then says failed, with the reason.
     """
     values = read_config(run_dir)
+    if values["method"] is None:  # `vlx eval`: an encoder, no method
+        return execute_evaluation(run_dir, values)
     cfg = run_config(values)
     with stop_on_signals() as stop:
         parallel = Parallel(cfg.train, cfg.launcher)

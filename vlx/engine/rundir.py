@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import secrets
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -159,5 +160,22 @@ def locked(run_dir: Path) -> Iterator[None]:
                 f"{run_dir} is in use by another process; wait for it or choose another run"
             ) from None
         yield
+    finally:
+        os.close(descriptor)
+
+
+def is_locked(run_dir: Path) -> bool:
+    """Whether another process holds the run directory. Asks without taking the lock.
+
+    Never call it in the process that holds the lock: closing the file would free it.
+    """
+    try:
+        descriptor = os.open(run_dir / ".lock", os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        answer = fcntl.fcntl(descriptor, fcntl.F_GETLK, asked)
+        return struct.unpack_from("h", answer)[0] != fcntl.F_UNLCK
     finally:
         os.close(descriptor)

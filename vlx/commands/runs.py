@@ -1,0 +1,167 @@
+"""`vlx runs`, `vlx rerun`, `vlx resume`: what was run, again and further. Lists without torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vlx.core.errors import VlxError
+from vlx.core.results import FILE_NAME, Metric, Results, read_results
+from vlx.engine import rundir
+
+
+@dataclass(frozen=True, kw_only=True)
+class PastRun:
+    """One row of `vlx runs`."""
+
+    id: str
+    command: str
+    method: str
+    preset: str
+    seed: int
+    state: str
+    """As in run.json, or killed: it says running and no process holds the directory."""
+    step: int
+    total_steps: int
+    metric: str | None
+    value: float | None
+    when: str
+    directory: str
+
+
+def list_runs(directory: Path, *, as_json: bool, console: Console, errors: Console) -> int:
+    """Print the runs under a directory; files that are no run's are named on stderr."""
+    rows, problems = find_runs(directory)
+    if as_json:
+        sys.stdout.write(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    else:
+        console.print(runs_table(rows) if rows else f"no runs in {directory}")
+    for problem in problems:
+        errors.print(f"skipped: {problem}", highlight=False, soft_wrap=True, markup=False)
+    return 0
+
+
+def find_runs(directory: Path) -> tuple[list[PastRun], list[str]]:
+    """Runs of a directory and of its sweeps, oldest first, and a line for each unreadable one."""
+    if not directory.is_dir():
+        raise VlxError(f"no directory {directory}; a run makes it (or give another: vlx runs DIR)")
+    folders = [*directory.glob("*/"), *directory.glob("sweeps/*/*/")]
+    rows, problems = [], []
+    for folder in sorted(folders):
+        if not (folder / rundir.RUN_FILE).exists() and not (folder / FILE_NAME).exists():
+            continue
+        try:
+            rows.append(past_run(folder))
+        except VlxError as error:
+            problems.append(str(error))
+    return sorted(rows, key=lambda row: (row.when, row.directory)), problems
+
+
+def past_run(folder: Path) -> PastRun:
+    """One run's row; a half-written or foreign file raises `VlxError`."""
+    record = rundir.read_record(folder)
+    results = read_results(folder) if (folder / FILE_NAME).exists() else None
+    best = headline(results) if results else None
+    return PastRun(
+        id=record.id,
+        command=record.command,
+        method=record.method,
+        preset=record.preset,
+        seed=record.seed,
+        state=state_of(folder, record),
+        step=results.steps if results else record.step,
+        total_steps=record.total_steps,
+        metric=best.name if best else None,
+        value=best.value if best else None,
+        when=results.finished if results else record.created,
+        directory=str(folder),
+    )
+
+
+def state_of(folder: Path, record: rundir.RunRecord) -> str:
+    """The run's state; `killed` for one whose process is gone."""
+    if record.state == "running" and not rundir.is_locked(folder):
+        return "killed"
+    return record.state
+
+
+def headline(results: Results) -> Metric | None:
+    """The first metric of the trained weights."""
+    return next((m for m in results.metrics if m.weights != "untrained"), None)
+
+
+def runs_table(rows: Sequence[PastRun]) -> Table:
+    """Runs by row."""
+    table = Table("run", "method", "preset", "seed", "state", "steps", "result", "when")
+    colours = {"finished": "green", "failed": "red", "killed": "red", "running": "cyan"}
+    for row in rows:
+        colour = colours.get(row.state, "yellow")
+        method = f"eval {row.method}" if row.command == "eval" else row.method
+        table.add_row(
+            row.id,
+            method,
+            row.preset,
+            str(row.seed),
+            f"[{colour}]{row.state}[/]",
+            f"{row.step}/{row.total_steps}",
+            f"{row.metric} {row.value:.4f}" if row.value is not None else "",
+            datetime.fromisoformat(row.when).astimezone().strftime("%Y-%m-%d %H:%M"),
+        )
+    return table
+
+
+def rerun(run_dir: Path, name: str | None, console: Console) -> int:
+    """Repeat a run from its frozen config in a new run directory."""
+    from vlx.commands.start import prepare, run
+
+    record, config = rundir.read_record(run_dir), read_config(run_dir)
+    if name is not None and name != Path(name).name:
+        raise VlxError(f"--name {name} must be a folder's name without '/'")
+    config["name"] = name
+    return run(prepare(config, record.overrides), console)
+
+
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """A run's frozen configuration; raises `VlxError` when the directory holds none."""
+    from vlx.engine.load import read_config as read
+
+    config = read(run_dir)
+    if not isinstance(config, dict) or not {"slug", "command", "launcher"} <= config.keys():
+        raise VlxError(f"{run_dir / rundir.CONFIG_FILE} is not a configuration of vlx")
+    return config
+
+
+def resume(run_dir: Path, overrides: Sequence[str], console: Console) -> int:
+    """Go on with a run; a finished one says so and shows its results.
+
+    overrides: keys that change no number (`rundir.HARMLESS_KEYS`), written into its config.
+    """
+    from vlx.commands.start import print_results, run
+
+    record = rundir.read_record(run_dir)
+    if overrides:
+        change_config(run_dir, overrides)
+    if record.state == "finished":
+        console.print(f"{run_dir} is finished; nothing to resume", highlight=False)
+        print_results(run_dir, console)
+        return 0
+    return run(run_dir, console)
+
+
+def change_config(run_dir: Path, overrides: Sequence[str]) -> None:
+    """Write harmless overrides into `config.yaml`; refuse while another process runs it."""
+    from vlx.config.compose import to_yaml
+    from vlx.config.frozen import apply_harmless
+    from vlx.core.files import write_atomic
+
+    changed = apply_harmless(read_config(run_dir), overrides)
+    with rundir.locked(run_dir):
+        write_atomic(run_dir / rundir.CONFIG_FILE, to_yaml(changed))

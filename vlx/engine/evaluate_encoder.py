@@ -1,0 +1,171 @@
+"""`vlx eval`: evaluators on a plain encoder, without a method and without training."""
+
+from __future__ import annotations
+
+import resource
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlx.core import registry
+from vlx.core.capability import ImageFeatures
+from vlx.core.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    VlxError,
+)
+from vlx.core.results import Results
+from vlx.encoders.base import EncoderFeatures
+from vlx.encoders.build import EncoderBuilder
+from vlx.encoders.checkpoint import read_weights
+from vlx.engine import rundir
+from vlx.engine.checkpoint import weights_checksum
+from vlx.engine.config import RunConfig
+from vlx.engine.environment import hardware
+from vlx.engine.evaluate import Outcome, run_evaluators
+from vlx.engine.load import from_dict, read_config, run_config
+from vlx.engine.parallel import Parallel
+from vlx.evals.base import EvalData, Subject
+from vlx.evals.registry import evaluator
+
+
+def execute_evaluation(run_dir: Path, values: dict[str, Any]) -> int:
+    """Evaluate as a run directory's config says and write its results. Returns an exit code.
+
+    Raises `VlxError` for what the user can mend; `run.json` then says failed, with the reason.
+    """
+    cfg = from_dict(RunConfig, values)
+    parallel = Parallel(cfg.train, cfg.launcher)
+    try:
+        with rundir.locked(run_dir) if parallel.is_main else nullcontext():
+            return _execute(run_dir, cfg, parallel)
+    finally:
+        parallel.close()
+
+
+def _execute(run_dir: Path, cfg: RunConfig, parallel: Parallel) -> int:
+    record = rundir.read_record(run_dir)
+
+    def mark(state: str, message: str = "") -> None:
+        record.state, record.message = state, message
+        if parallel.is_main:
+            record.write(run_dir)
+
+    mark("running")
+    try:
+        _evaluate(run_dir, cfg, parallel, record)
+    except KeyboardInterrupt:
+        mark("interrupted")
+        return EXIT_INTERRUPTED
+    except VlxError as error:
+        mark("failed", str(error))
+        raise
+    except BaseException as error:
+        mark("failed", f"{type(error).__name__}: {error}")
+        raise
+    mark("finished")
+    return EXIT_OK
+
+
+def _evaluate(run_dir: Path, cfg: RunConfig, parallel: Parallel, record: rundir.RunRecord) -> None:
+    started = time.monotonic()
+    data = EvalData(
+        cfg.data,
+        cfg.eval,
+        image_size=cfg.encoder.image_size,
+        device=parallel.device,
+        rank=parallel.rank,
+        world=parallel.world,
+    )
+    info = data.source("test").info
+    for name in cfg.eval.at_end:
+        if evaluator(name).needs_labels and not info.num_classes:
+            raise DataError(f"{info.name} has no labels, which {name} needs")
+    subject, module = build_subject(cfg)
+    module.to(parallel.device).eval()
+    outcome = run_evaluators(
+        cfg.eval.at_end,
+        subject,
+        data,
+        weights="trained",
+        pictures_dir=run_dir / "pictures",
+        main=parallel.is_main,
+    )
+    if parallel.is_main:
+        checksum = weights_checksum({n: t.cpu() for n, t in module.state_dict().items()})
+        results = _results(run_dir, cfg, record, outcome)
+        results.weights_checksum = checksum
+        results.data_fingerprint = info.fingerprint
+        results.bad_samples = data.num_bad
+        results.hardware = hardware(str(parallel.device), parallel.world)
+        results.wall_time_s = round(time.monotonic() - started, 2)
+        results.write(run_dir)
+
+
+def _results(run_dir: Path, cfg: RunConfig, record: rundir.RunRecord, outcome: Outcome) -> Results:
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return Results(
+        run=run_dir.name,
+        command=cfg.command,
+        method=cfg.slug,
+        preset=cfg.preset,
+        seed=cfg.seed,
+        config_hash=record.config_hash,
+        data_fingerprint="",
+        weights_checksum="",
+        steps=0,
+        epochs=0.0,
+        final_losses={},
+        metrics=outcome.metrics,
+        bad_samples=0,
+        hardware={},
+        versions=record.versions,
+        commit=record.commit,
+        wall_time_s=0.0,
+        peak_memory_mb=round(peak, 1),
+        finished=rundir.now(),
+        pictures=[str(picture.relative_to(run_dir)) for picture in outcome.pictures],
+    )
+
+
+def build_subject(cfg: RunConfig, *, load_weights: bool = True) -> tuple[Subject, nn.Module]:
+    """What `encoder.checkpoint` holds, for the evaluators of `eval.at_end`.
+
+    A plain encoder where its features are enough. An evaluator that needs more of a method (a
+    decoder that repaints) takes the whole method of a run directory.
+    """
+    path = cfg.encoder.checkpoint
+    if path is None:
+        raise ConfigError("encoder.checkpoint is null: give a run directory or a file")
+    if all(kind is ImageFeatures for name in cfg.eval.at_end for kind in evaluator(name).requires):
+        builder = EncoderBuilder({"encoder": cfg.encoder}, num_classes=0, load_weights=load_weights)
+        encoder = builder.vision("encoder")
+        return Subject(path, (EncoderFeatures(encoder),)), encoder
+    run = Path(path).expanduser()
+    if not (run / rundir.CONFIG_FILE).is_file():
+        names = ", ".join(cfg.eval.at_end)
+        raise CheckpointError(
+            f"{names} needs more than an encoder: give a run directory, not {path}"
+        )
+    trained = run_config(read_config(run))
+    roles = {"encoder": replace(cfg.encoder, checkpoint=None), "teacher": trained.teacher}
+    builder = EncoderBuilder(roles, num_classes=0, load_weights=False)
+    method = registry.load(trained.slug)(trained.method, builder)
+    if load_weights:
+        try:
+            method.load_state_dict(read_weights(run))
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"{run} does not fit its method: {reason[:300]}") from error
+    return Subject(trained.slug, method.exports()), method
