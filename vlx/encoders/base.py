@@ -74,7 +74,8 @@ class VisionEncoder(nn.Module):
 
     def normalise(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in 0..1 to the encoder's input scale."""
-        return (images - self.mean) / self.std  # type: ignore[operator]
+        # In place: a second tensor of this size costs as much as the arithmetic.
+        return (images - self.mean).div_(self.std)  # type: ignore[operator]
 
     def denormalise(self, images: Tensor) -> Tensor:
         """The inverse of `normalise`."""

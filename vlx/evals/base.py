@@ -57,6 +57,7 @@ class EvalData:
         self.rank, self.world = rank, world
         self.num_bad = 0
         self._sources: dict[str, Source] = {}
+        self._pipelines: dict[str, EvalPipeline] = {}
 
     def source(self, split: str) -> Source:
         """The source of `train` or `test` (whatever the data set calls them)."""
@@ -66,16 +67,19 @@ class EvalData:
         return self._sources[split]
 
     def pipeline(self, split: str) -> EvalPipeline:
-        return EvalPipeline(
-            self.source(split),
-            evaluation_view(self.cfg.crop_ratio),
-            cfg=self.data,
-            image_size=self.image_size,
-            batch_size=self.cfg.batch_size,
-            device=self.device,
-            rank=self.rank,
-            world=self.world,
-        )
+        """One for all evaluators, so that an unreadable sample is named and counted once."""
+        if split not in self._pipelines:
+            self._pipelines[split] = EvalPipeline(
+                self.source(split),
+                evaluation_view(self.cfg.crop_ratio),
+                cfg=self.data,
+                image_size=self.image_size,
+                batch_size=self.cfg.batch_size,
+                device=self.device,
+                rank=self.rank,
+                world=self.world,
+            )
+        return self._pipelines[split]
 
 
 @dataclass
