@@ -242,7 +242,7 @@ def data_list() -> None:
     list_sources(console)
 
 
-@data_app.command("show", context_settings=_OPEN, help="Samples, fields, classes, damaged files.")
+@data_app.command("show", help="Samples, fields, classes, damaged files.")
 def data_show(
     name: Annotated[str, typer.Argument(help="A kind of source, or a name of conf/data.")],
     rest: Overrides = None,
@@ -254,7 +254,7 @@ def data_show(
     show(name, rest or [], check, console)
 
 
-@data_app.command("preview", context_settings=_OPEN, help="A picture of what a method will see.")
+@data_app.command("preview", help="A picture of what a method will see.")
 def data_preview(
     method: Method,
     rest: Overrides = None,

@@ -54,12 +54,11 @@ def measure(cfg: RunConfig, num_classes: int = 1000) -> DryRun:
         method = cls(cfg.method, EncoderBuilder(roles, num_classes, load_weights=False))
         batch = meta_batch(cls.needs(cfg.method), cfg.encoder.image_size, _COUNTED_BATCH)
         ctx = StepContext(step=0, total_steps=1, steps_per_epoch=1, seed=0)
-        saved = 0
+        saved: dict[int, Tensor] = {}  # by storage: several operations may keep the same one
 
         def count(tensor: Tensor) -> Tensor:
-            nonlocal saved
             if not isinstance(tensor, nn.Parameter):
-                saved += tensor.numel() * tensor.element_size()
+                saved[tensor.untyped_storage()._cdata] = tensor
             return tensor
 
         with (
@@ -73,7 +72,8 @@ def measure(cfg: RunConfig, num_classes: int = 1000) -> DryRun:
         total_params=sum(p.numel() for p in params),
         trainable_params=sum(p.numel() for p in params if p.requires_grad),
         gmacs=flops.get_total_flops() / 2 / _COUNTED_BATCH / 1e9,
-        activation_bytes=saved // _COUNTED_BATCH,
+        activation_bytes=sum(t.untyped_storage().nbytes() for t in saved.values())
+        // _COUNTED_BATCH,
         tokens=tokens,
     )
 

@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol, TypeVar
 import torch
 from PIL import Image
 
-from vlx.core.capability import Capability
+from vlx.core.capability import Capability, ImageFeatures
 from vlx.core.errors import VlxError
 from vlx.data.config import DataConfig
 from vlx.data.open import open_source
@@ -16,6 +16,7 @@ from vlx.data.pipeline import EvalPipeline
 from vlx.data.source import Source
 from vlx.data.views import evaluation_view
 from vlx.evals.config import EvalConfig
+from vlx.evals.features import Features, extract
 
 C = TypeVar("C", bound=Capability)
 
@@ -26,6 +27,8 @@ class Subject:
     def __init__(self, name: str, capabilities: tuple[Capability, ...]) -> None:
         self.name = name
         self.capabilities = capabilities
+        self.features: dict[str, Features] = {}
+        """By split; a subject's weights do not change, so evaluators share them."""
 
     def has(self, kind: type[Capability]) -> bool:
         return any(isinstance(capability, kind) for capability in self.capabilities)
@@ -80,6 +83,12 @@ class EvalData:
                 world=self.world,
             )
         return self._pipelines[split]
+
+    def features(self, subject: Subject, split: str) -> Features:
+        """Features and labels of a split, extracted once for a subject."""
+        if split not in subject.features:
+            subject.features[split] = extract(subject.get(ImageFeatures), self.pipeline(split))
+        return subject.features[split]
 
 
 @dataclass

@@ -8,7 +8,6 @@ from torch.nn.functional import normalize
 
 from vlx.core.capability import ImageFeatures
 from vlx.evals.base import EvalData, Evaluation, Subject
-from vlx.evals.features import extract
 
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
@@ -40,9 +39,7 @@ class Knn:
     needs_labels = True
 
     def run(self, subject: Subject, data: EvalData) -> Evaluation:
-        encoder = subject.get(ImageFeatures)
-        train = extract(encoder, data.pipeline("train"))
-        test = extract(encoder, data.pipeline("test"))
+        train, test = data.features(subject, "train"), data.features(subject, "test")
         info = data.source("test").info
         predicted = knn_predict(train.features, train.labels, test.features, info.num_classes)
         accuracy = (predicted == test.labels).float().mean().item()

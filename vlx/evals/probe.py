@@ -8,7 +8,6 @@ from torch.nn.functional import cross_entropy
 
 from vlx.core.capability import ImageFeatures
 from vlx.evals.base import EvalData, Evaluation, Subject
-from vlx.evals.features import extract
 
 C = 1.0
 MAX_ITERATIONS = 500
@@ -57,9 +56,7 @@ class LinearProbe:
     needs_labels = True
 
     def run(self, subject: Subject, data: EvalData) -> Evaluation:
-        encoder = subject.get(ImageFeatures)
-        train = extract(encoder, data.pipeline("train"))
-        test = extract(encoder, data.pipeline("test"))
+        train, test = data.features(subject, "train"), data.features(subject, "test")
         info = data.source("test").info
         mean = train.features.mean(0)
         std = train.features.std(0).clamp(min=1e-6)
