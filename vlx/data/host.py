@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -142,6 +143,13 @@ class _Draws(torch.utils.data.Sampler[Draw]):
         return iter(self.draws)
 
 
+def _leave_signals_to_parent(worker: int) -> None:
+    """Ctrl-C and batch systems signal the whole process group. The run answers by saving, which
+    it could not do if its workers died first; they end when it does."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def read_batches(
     source: Source, cfg: DataConfig, seed: int, draws: Iterable[Draw], pin: bool = False
 ) -> Iterator[HostBatch]:
@@ -162,5 +170,6 @@ def read_batches(
         # Its own generator: else the loader draws from torch's global one, and what a run draws
         # later would depend on the number of workers.
         generator=torch.Generator().manual_seed(0),
+        worker_init_fn=_leave_signals_to_parent,
     )
     yield from loader

@@ -19,6 +19,7 @@ from vlx.engine import rundir
 from vlx.engine.failure import REPORT_ENV, Failure
 
 _GRACE_SECONDS = 10.0
+_WORKER = [sys.executable, "-m", "vlx.engine.worker"]
 
 
 def launch(run_dir: Path, launcher: dict) -> int:
@@ -65,9 +66,10 @@ def _spawn(run_dir: Path, launcher: dict) -> int:
         reader, writer = os.pipe()
         env = dict(base, RANK=str(rank), LOCAL_RANK=str(local_rank))
         env[REPORT_ENV] = str(writer)
-        command = [sys.executable, "-m", "vlx.engine.worker", str(run_dir)]
         # Own process groups: a terminal's Ctrl-C reaches the workers once, through us.
-        process = subprocess.Popen(command, env=env, start_new_session=True, pass_fds=(writer,))
+        process = subprocess.Popen(
+            [*_WORKER, str(run_dir)], env=env, start_new_session=True, pass_fds=(writer,)
+        )
         os.close(writer)
         workers.append(_Worker(rank, process, reader))
     _supervise([worker.process for worker in workers])
