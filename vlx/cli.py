@@ -186,6 +186,18 @@ def rerun(
     raise typer.Exit(rerun_run(run, name, console))
 
 
+@app.command("export", help="Write a run's encoder for timm or transformers.")
+def export(
+    run: Annotated[Path, typer.Argument(help="The run's directory.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    layout: Annotated[str, typer.Option("--format", help="timm, or hf: transformers.")] = "timm",
+    debug: Debug = False,
+) -> None:
+    from vlx.commands.export import export as export_run
+
+    raise typer.Exit(export_run(run, out, layout, console))
+
+
 @app.command("list", help="List the methods.")
 def list_methods(
     command: Annotated[str | None, typer.Option(help="Only those of a command.")] = None,
