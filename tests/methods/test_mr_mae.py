@@ -65,7 +65,9 @@ def test_parameter_counts_of_the_masked_convolution_student() -> None:
 
 def test_cost_is_maes_and_the_teachers() -> None:
     report = measure(config("mr-mae", "paper"))
-    assert report.gmacs == pytest.approx(9.78 + 17.56, abs=0.05)
+    assert report.gmacs == pytest.approx(
+        9.78 + 17.56, rel=0.005
+    )  # less the embedding of hidden patches
     assert report.tokens["encoder.vit.blocks"] == [50] * 12
     assert report.tokens["teacher.module.vit.blocks"] == [197] * 12
 

@@ -161,6 +161,8 @@ def keys_table(described: Mapping[str, Any], columns: Mapping[str, Mapping[str, 
         table.add_column(preset)
     table.add_column("meaning")
     for name, key in described.items():
+        if name in ("command", "slug", "preset"):  # words of the command line, not overrides
+            continue
         values = [_value(column, name) for column in columns.values()]
         if all(value is None for value in values):  # below a section that is null in every preset
             continue

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from vlx.commands.start import Line, prepare, run
+from vlx.commands.start import Line, prepare, root_of, run
 from vlx.commands.sweep import Driver
 from vlx.commands.sweep_file import Job, append_job, standing, write_jobs
 from vlx.config.compose import Root, to_yaml
 from vlx.config.grid import Cell, expand, job_name, uses_plugin
-from vlx.config.hydra_app import read_plan
+from vlx.config.hydra_app import read_plan, varying
 from vlx.config.overrides import parse
 from vlx.core.errors import ConfigError, VlxError
 from vlx.engine import rundir
@@ -28,7 +29,8 @@ def multirun(line: Line, root: Root, console: Console) -> int:
         from vlx.commands.plugin_sweep import plugin_sweep
 
         return plugin_sweep(line, root, console)
-    cells = expand(root, line.overrides)
+    # Each job of an evaluation starts from the encoder of its own encoder.checkpoint.
+    cells = expand(root, line.overrides, lambda words: root_of(replace(line, overrides=words)))
     if line.cfg:
         sys.stdout.write("---\n".join(to_yaml(cell.config) for cell in cells))
         return 0
@@ -93,12 +95,10 @@ def run_in_sweep(line: Line, run_dir: Path, config: dict[str, Any], console: Con
     """One job of a plugin's sweep, whose launcher chose `run_dir`."""
     directory = run_dir.parent
     config = grouped(config, directory.name)
-    words = (word.split("=", 1) for word in line.overrides)
-    static = set(read_plan(directory).static)
     job = Job(
         id=run_dir.name,
         overrides=list(line.overrides),
-        swept={key: value for key, value in words if f"{key}={value}" not in static},
+        swept=varying(line.overrides, read_plan(directory)),
         config=config,
         hash=rundir.config_hash(config),
         state="running",

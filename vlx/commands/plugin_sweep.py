@@ -42,8 +42,8 @@ def plugin_sweep(line: Line, root: Root, console: Console) -> int:
         command=line.command,
         name=line.name,
         preset=line.preset,
-        fixed=list(root.fixed),
-        static=[o.input_line or "" for o in own if not o.is_sweep_override()],
+        fixed=[hydra_app.key_of(word) for word in root.fixed],
+        static=[o.get_key_element() for o in own if not o.is_sweep_override()],
         objective=line.objective,
         fail_fast=line.fail_fast,
     )
@@ -59,7 +59,9 @@ def plugin_sweep(line: Line, root: Root, console: Console) -> int:
         jobs.sort(key=lambda job: job.id)
         write_jobs(directory, jobs)
         summarise(directory, jobs, console)
-    return worst([ended, *(job.exit_code or 0 for job in jobs)])
+    else:
+        console.print(f"no job began; see {directory / hydra_app.HYDRA_DIR}", highlight=False)
+    return worst([ended, *(job.exit_code or 0 for job in jobs)]) if jobs else ended or 1
 
 
 def _check_plugins(parsed: Sequence[Override]) -> None:

@@ -43,7 +43,7 @@ def list_runs(directory: Path, *, as_json: bool, console: Console, errors: Conso
     if as_json:
         sys.stdout.write(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
     else:
-        console.print(runs_table(rows) if rows else f"no runs in {directory}")
+        console.print(runs_table(directory, rows) if rows else f"no runs in {directory}")
     for problem in problems:
         errors.print(f"skipped: {problem}", highlight=False, soft_wrap=True, markup=False)
     return 0
@@ -98,17 +98,18 @@ def headline(results: Results) -> Metric | None:
     return next((m for m in results.metrics if m.weights != "untrained"), None)
 
 
-def runs_table(rows: Sequence[PastRun]) -> Table:
-    """Runs by row."""
-    table = Table("run", "method", "preset", "seed", "state", "steps", "result", "when")
+def runs_table(directory: Path, rows: Sequence[PastRun]) -> Table:
+    """A row a run, named by its place in `directory`."""
+    table = Table()
+    table.add_column("run", overflow="fold")
+    for name in ("method", "seed", "state", "steps", "result", "when"):
+        table.add_column(name, overflow="fold", no_wrap=name in ("state", "steps", "when"))
     colours = {"finished": "green", "failed": "red", "killed": "red", "running": "cyan"}
     for row in rows:
         colour = colours.get(row.state, "yellow")
-        method = f"eval {row.method}" if row.command == "eval" else row.method
         table.add_row(
-            row.id,
-            method,
-            row.preset,
+            Path(row.directory).relative_to(directory).as_posix(),
+            f"eval {row.method}" if row.command == "eval" else f"{row.method} {row.preset}",
             str(row.seed),
             f"[{colour}]{row.state}[/]",
             f"{row.step}/{row.total_steps}",

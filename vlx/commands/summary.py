@@ -142,7 +142,7 @@ def jobs_table(title: str, measured: Sequence[Measured]) -> Table:
     names = list(dict.fromkeys(name for job in measured for name in job.metrics))
     table = Table("job", *keys, "state", title=f"sweep {title}")
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for job in measured:
         values = [job.swept.get(key, "") for key in keys]
         numbers = [f"{job.metrics[name]:.4f}" if name in job.metrics else "" for name in names]
@@ -156,7 +156,7 @@ def groups_table(groups: Sequence[Group]) -> Table:
     names = list(dict.fromkeys(name for group in groups for name in group.metrics))
     table = Table(*keys, title="over seeds: mean ± standard deviation (n)")
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for group in groups:
         values = [group.swept.get(key, "") for key in keys]
         numbers = [str(group.metrics[name]) if name in group.metrics else "" for name in names]

@@ -35,7 +35,6 @@ _EVALUATION_KEYS = (
     "data",
     "eval.batch_size",
     "eval.crop_ratio",
-    "eval.max_train_samples",
     "launcher",
     "train.device",
     "train.threads",
@@ -146,6 +145,8 @@ def evaluation_root(evaluator: str, overrides: Sequence[str]) -> Root:
         )
     defaults: dict[str, Any] = {}
     run = Path(str(checkpoint)).expanduser()
+    if checkpoint is not None and not run.exists():
+        raise ConfigError(f"encoder.checkpoint={checkpoint} does not exist")
     if checkpoint is not None and (run / CONFIG_FILE).is_file():
         values = read_config(run)
         defaults = {key: values[key] for key in ("encoder", "data") if key not in given}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +39,14 @@ def uses_plugin(overrides: Sequence[str]) -> bool:
     return any(o.key_or_group in PLUGIN_KEYS for o in parse(overrides))
 
 
-def expand(root: Root, overrides: Sequence[str]) -> list[Cell]:
+def expand(
+    root: Root,
+    overrides: Sequence[str],
+    root_for: Callable[[Sequence[str]], Root] | None = None,
+) -> list[Cell]:
     """Every job of the grid, composed and checked, in the order of the command line.
+
+    root_for: the root of one job from its overrides, where jobs differ in it.
 
     Raises `ConfigError` for a mistake in any job, naming the job's overrides when a value that
     varies is at fault.
@@ -57,7 +63,8 @@ def expand(root: Root, overrides: Sequence[str]) -> list[Cell]:
             varying = [word for word, varies in zip(words, swept) if varies]
             parsed_words = parse(words)
             try:
-                config = resolve(root, words, parsed_words)
+                own = root_for(words) if root_for else root
+                config = resolve(own, words, parsed_words)
             except VlxError as error:
                 raise ConfigError(f"job {' '.join(varying)}: {error}") from error
             pairs = (word.split("=", 1) for word in varying)
@@ -85,6 +92,9 @@ def _values(override: Override) -> list[str]:
 
 
 def job_name(number: int, swept: dict[str, str]) -> str:
-    """A folder name that sorts by number and says what the job varies: `003-seed=1`."""
-    said = "-".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in swept.items())
-    return f"{number:03d}-{re.sub(r'[^A-Za-z0-9._=+-]+', '_', said)[:60]}".rstrip("-_")
+    """A folder name that sorts by number and says what the job varies: `003-seed_1`.
+
+    Without `=`, so that it can be the value of an override.
+    """
+    said = "-".join(f"{key.rsplit('.', 1)[-1]}_{value}" for key, value in swept.items())
+    return f"{number:03d}-{re.sub(r'[^A-Za-z0-9._+-]+', '_', said)[:60]}".rstrip("-_")

@@ -40,9 +40,9 @@ class Plan:
     name: str
     preset: str | None
     fixed: list[str]
-    """Overrides that stand for words of the command line; a job's own line does not repeat them."""
+    """Keys that stand for words of the command line; a job's own line does not repeat them."""
     static: list[str]
-    """The user's overrides that do not vary."""
+    """The user's keys that do not vary."""
     objective: str | None
     fail_fast: bool
 
@@ -110,9 +110,8 @@ def run_job(directory: Path, number: int, words: Sequence[str]) -> float:
         RuntimeError: the job failed and the sweep was told to fail fast.
     """
     plan = read_plan(directory)
-    own = [word for word in words if word not in plan.fixed]
-    swept = [word for word in own if word not in plan.static]
-    run_dir = directory / job_name(number, dict(word.split("=", 1) for word in swept))
+    own = [word for word in words if key_of(word) not in plan.fixed]
+    run_dir = directory / job_name(number, varying(own, plan))
     command = [sys.executable, "-m", "vlx", plan.command, plan.name, *own]
     command += ["--in-sweep", str(run_dir)]
     if plan.preset is not None:
@@ -125,6 +124,16 @@ def run_job(directory: Path, number: int, words: Sequence[str]) -> float:
     if code != 0 and plan.fail_fast:
         raise RuntimeError(f"job {run_dir.name} ended with code {code}; see {output}")
     return objective(run_dir, plan.objective) if code == 0 else math.nan
+
+
+def key_of(word: str) -> str:
+    """`key` of `key=value`. Hydra writes values in its own way (False for false), keys as given."""
+    return word.split("=", 1)[0]
+
+
+def varying(words: Sequence[str], plan: Plan) -> dict[str, str]:
+    """The keys that the sweep varies, with the values of one job."""
+    return {key_of(w): w.split("=", 1)[1] for w in words if key_of(w) not in plan.static}
 
 
 def objective(run_dir: Path, name: str | None) -> float:

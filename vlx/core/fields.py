@@ -68,8 +68,12 @@ class Needs:
     @property
     def source_fields(self) -> tuple[str, ...]:
         """Names of the fields that the source must have."""
-        made = {view.name for view in self.views}
-        names = [view.of for view in self.views if view.of not in made]
+        made: set[str] = set()
+        names = []
+        for view in self.views:  # a view of a name declared earlier is of that view
+            if view.of not in made:
+                names.append(view.of)
+            made.add(view.name)
         return tuple(dict.fromkeys([*names, *(field.name for field in self.fields)]))
 
     @property

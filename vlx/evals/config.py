@@ -19,5 +19,3 @@ class EvalConfig:
     """Images at a time."""
     crop_ratio: float = 1.0
     """Side of the central square taken, as a share of the short side. ImageNet practice: 0.875."""
-    max_train_samples: int | None = None
-    """Use only so many training samples for fitting probes; null uses all."""
