@@ -133,8 +133,8 @@ def _check_keys(parsed: list[Override], fixed: list[str]) -> None:
         key = override.key_or_group
         if key in GROUPS or key in known or key.startswith("hydra"):
             continue
-        if key == "teacher" or key.startswith("teacher."):
-            continue  # null until its group or name is chosen
+        if key.startswith("teacher.") and "teacher" in known:  # null: nothing to set a key of
+            raise ConfigError(f"unknown key '{key}': this method has no teacher")
         if key in sections:
             example = next(name for name in known if name.startswith(f"{key}."))
             raise ConfigError(f"'{key}' is a section; set one of its keys, e.g. {example}")
