@@ -93,6 +93,20 @@ def test_the_teacher_can_be_chosen_from_the_command_line() -> None:
     assert teacher.name == "vit_small_patch16_224"
 
 
+@pytest.mark.parametrize(
+    ("slug", "word", "message"),
+    [
+        ("mr-mae", "teacher.nme=x", r"unknown key 'teacher\.nme'.*teacher\.name"),
+        ("mae", "teacher.name=x", "this method has no teacher"),
+        ("mr-mae", "encoder@teacher=clip_vit_bas", "no encoder 'clip_vit_bas'.*clip_vit_base"),
+    ],
+)
+def test_a_wrong_teacher_key_is_one_line(slug: str, word: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        compose(slug, "pretrain-mim", "smoke", [word])
+    assert "\n" not in str(caught.value)
+
+
 def test_the_teacher_is_frozen_in_eval_mode_and_in_no_group() -> None:
     method = small_method(teacher=replace(TEACHER, drop_path=0.5))
     method.train()
