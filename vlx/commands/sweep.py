@@ -109,11 +109,10 @@ class Driver:
         if self.parallel > 1:  # the jobs share the cores
             threads = max(1, len(os.sched_getaffinity(0)) // self.parallel)
             env.setdefault("OMP_NUM_THREADS", str(threads))
-        command = [sys.executable, "-m", "vlx", "resume", str(run_dir)]
         with (run_dir / CONSOLE_FILE).open("ab") as output:
             # Its own process group: a terminal's Ctrl-C reaches the job once, through us.
             return subprocess.Popen(
-                command,
+                job_command(run_dir),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -173,6 +172,11 @@ class Driver:
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def job_command(run_dir: Path) -> list[str]:
+    """What runs a prepared run directory on its frozen configuration."""
+    return [sys.executable, "-m", "vlx", "resume", str(run_dir)]
 
 
 def go_on(directory: Path, console: Console, *, parallel: int, fail_fast: bool) -> int:

@@ -84,6 +84,10 @@ def check(root: Root, parsed: Sequence[Override]) -> None:
         return
     known = _schema(root)
     allowed = {key: value for key, value in known.items() if _settable(root, key)}
+    if any(o.key_or_group == "encoder" and o.package == "teacher" for o in parsed):
+        allowed.pop("teacher", None)
+        encoder = {key: value for key, value in known.items() if key.startswith("encoder.")}
+        allowed |= {key.replace("encoder", "teacher", 1): v for key, v in encoder.items()}
     for override in parsed:
         check_override(override, allowed)
 

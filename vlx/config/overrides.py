@@ -89,11 +89,13 @@ def _check_group(override: Override, text: str, known: Mapping[str, Any]) -> Non
 
 
 def _check_teacher(key: str, known: Mapping[str, Any]) -> None:
-    options = [name.replace("encoder.", "teacher.", 1) for name in known if "encoder." in name]
-    if key in options and known.get("teacher", "") is None:
+    if known.get("teacher", "") is not None:
+        return
+    encoder = [name for name in known if name.startswith("encoder.")]
+    options = [name.replace("encoder", "teacher", 1) for name in encoder]
+    if key in options:
         raise ConfigError(f"'{key}': teacher is null here; add +encoder@teacher=vit_base first")
-    if known.get("teacher", "") is None:
-        raise ConfigError(f"unknown key '{key}'. {nearest(key, options)}")
+    raise ConfigError(f"unknown key '{key}'. {nearest(key, options)}")
 
 
 def _refuse(key: str, known: Mapping[str, Any], groups: Sequence[str]) -> None:
