@@ -78,6 +78,13 @@ def resume(run: Annotated[Path, typer.Argument()], debug: Debug = False) -> None
     raise typer.Exit(resume_run(run, console))
 
 
+@app.command("replay", help="Compute the step again at which a run's loss was not finite.")
+def replay(run: Annotated[Path, typer.Argument()], debug: Debug = False) -> None:
+    from vlx.commands.replay import replay_run
+
+    replay_run(run, console)
+
+
 @app.command("list", help="List the methods.")
 def list_methods(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
