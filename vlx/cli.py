@@ -198,6 +198,13 @@ def export(
     raise typer.Exit(export_run(run, out, layout, console))
 
 
+@app.command("replay", help="Compute the step again at which a run's loss was not finite.")
+def replay(run: Annotated[Path, typer.Argument()], debug: Debug = False) -> None:
+    from vlx.commands.replay import replay_run
+
+    replay_run(run, console)
+
+
 @app.command("list", help="List the methods.")
 def list_methods(
     command: Annotated[str | None, typer.Option(help="Only those of a command.")] = None,

@@ -95,7 +95,10 @@ def execute(run_dir: Path, kill: Kill | None = None, **kwargs: Any) -> int:
 
 
 def start_world(
-    run_dir: Path, world: int = 2, kills: dict[int, Kill] | None = None
+    run_dir: Path,
+    world: int = 2,
+    kills: dict[int, Kill] | None = None,
+    before: Callable[[], None] | None = None,
 ) -> list[ForkServerProcess]:
     """Start the processes of a distributed run, as `launcher=torchrun` would."""
     with socket.socket() as probe:
@@ -103,9 +106,10 @@ def start_world(
         port = str(probe.getsockname()[1])
     common = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
     return [
-        start(run_dir, (kills or {}).get(r), env={**common, "RANK": str(r), "LOCAL_RANK": str(r)})
-        for r in range(world)
+        start(run_dir, (kills or {}).get(rank), env={**common, **own}, before=before)
+        for rank, own in enumerate(ranks)
     ]
 
 

@@ -8,20 +8,22 @@ compute it again, whatever number of processes it ran on.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from vlx.core.errors import CheckpointError, VlxError
+from vlx.core.fields import Batch
 from vlx.core.files import write_json
-from vlx.core.method import StepContext
+from vlx.core.method import StepContext, Trainable
 from vlx.core.random import step_seed
 from vlx.data.open import open_source
-from vlx.data.pipeline import Share
+from vlx.data.pipeline import TrainPipeline
 from vlx.engine import checkpoint
-from vlx.engine.build import build_method, build_pipeline
-from vlx.engine.config import RunConfig
+from vlx.engine.build import build_method, build_pipeline, total_steps
+from vlx.engine.config import LauncherConfig, RunConfig
 from vlx.engine.parallel import Parallel
 
 FOLDER = "nonfinite"
@@ -44,13 +46,23 @@ class Evidence:
 
 
 @dataclass
-class Replayed:
+class MicroBatch:
     """One micro-batch of one process, computed again."""
 
     rank: int
     micro: int
     losses: dict[str, float]
     sample_ids: list[int]
+
+
+@dataclass
+class Replay:
+    """A step computed again."""
+
+    evidence: Evidence
+    micro_batches: list[MicroBatch]
+    grad_norm: float
+    """Of the whole step, before clipping."""
 
 
 def save_evidence(run_dir: Path, evidence: Evidence, snapshot: checkpoint.Snapshot) -> Path:
@@ -74,16 +86,13 @@ def evidence_folders(run_dir: Path) -> list[Path]:
     return sorted(file.parent for file in (run_dir / FOLDER).glob(f"step-*/{_FILE}"))
 
 
-def replay(cfg: RunConfig, folder: Path) -> list[Replayed]:
-    """Compute the step again from its saved weights: the losses of every micro-batch.
-
-    `cfg` is the run's own, with a launcher of one process.
-    """
+def replay(cfg: RunConfig, folder: Path) -> Replay:
+    """Compute the step again from its saved weights, in this process alone."""
     evidence = read_evidence(folder)
     saved = checkpoint.latest(folder)
     if saved is None:
         raise CheckpointError(f"{folder} holds no good copy of the weights")
-    parallel = Parallel(cfg.train, cfg.launcher)
+    parallel = Parallel(cfg.train, LauncherConfig())
     try:
         source = open_source(cfg.data, cfg.data.train_split)
         method = build_method(cfg, source, load_weights=False).to(parallel.device)
@@ -92,23 +101,38 @@ def replay(cfg: RunConfig, folder: Path) -> list[Replayed]:
         method.train()
         found = []
         for rank in range(evidence.world):
-            pipeline.share = Share(cfg.train.batch_size, cfg.train.accumulate, rank, evidence.world)
-            batches = pipeline.batches(evidence.step, evidence.step + 1)
-            for micro, batch in enumerate(batches):
-                seed = step_seed(cfg.seed, evidence.step, rank, micro)
-                parallel.seed(seed)
-                ctx = StepContext(
-                    step=evidence.step,
-                    total_steps=evidence.step + 1,
-                    steps_per_epoch=pipeline.steps_per_epoch,
-                    seed=cfg.seed,
-                    sample_offset=pipeline.share.offset(micro),
-                    generator=torch.Generator(parallel.device).manual_seed(seed),
-                )
-                with parallel.accelerator.autocast():
-                    losses = method.step(batch, ctx).losses
-                values = {name: float(loss) for name, loss in losses.items()}
-                found.append(Replayed(rank, micro, values, batch["sample_id"].tolist()))
-        return found
+            pipeline.share = replace(pipeline.share, rank=rank, world=evidence.world)
+            for micro, batch in enumerate(pipeline.batches(evidence.step, evidence.step + 1)):
+                losses = _step(method, batch, (rank, micro), cfg, pipeline, evidence, parallel)
+                found.append(MicroBatch(rank, micro, losses, batch["sample_id"].tolist()))
+        grads = [param.grad for param in method.parameters() if param.grad is not None]
+        return Replay(evidence, found, float(nn.utils.get_total_norm(grads)))
     finally:
         parallel.close()
+
+
+def _step(
+    method: Trainable,
+    batch: Batch,
+    place: tuple[int, int],
+    cfg: RunConfig,
+    pipeline: TrainPipeline,
+    evidence: Evidence,
+    parallel: Parallel,
+) -> dict[str, float]:
+    """Losses of one micro-batch at `place` (rank, micro); its gradients are added up."""
+    seed = step_seed(cfg.seed, evidence.step, *place)
+    parallel.seed(seed)
+    ctx = StepContext(
+        step=evidence.step,
+        total_steps=total_steps(cfg, pipeline.steps_per_epoch),
+        steps_per_epoch=pipeline.steps_per_epoch,
+        seed=cfg.seed,
+        sample_offset=pipeline.share.offset(place[1]),
+        generator=torch.Generator(parallel.device).manual_seed(seed),
+    )
+    with parallel.accelerator.autocast():
+        losses = method.step(batch, ctx).losses
+        total = torch.stack([loss.float() for loss in losses.values()]).sum()
+    (total / (cfg.train.accumulate * evidence.world)).backward()
+    return {name: float(loss) for name, loss in losses.items()}
