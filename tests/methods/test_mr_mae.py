@@ -97,7 +97,7 @@ def test_the_teacher_can_be_chosen_from_the_command_line() -> None:
     ("slug", "word", "message"),
     [
         ("mr-mae", "teacher.nme=x", r"unknown key 'teacher\.nme'.*teacher\.name"),
-        ("mae", "teacher.name=x", "this method has no teacher"),
+        ("mae", "teacher.name=x", "teacher is null here"),
         ("mr-mae", "encoder@teacher=clip_vit_bas", "no encoder 'clip_vit_bas'.*clip_vit_base"),
     ],
 )
