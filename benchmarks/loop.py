@@ -134,7 +134,7 @@ def main() -> list[Row]:
         scale = 1000 / steps
         rows.append(Row(f"step, {name}", ours * scale, peer * scale, "ms", peer_name, target))
         memory = [peak_memory(which, overrides, 3 * steps) for which in ("vlx", "bare")]
-        rows.append(Row(f"peak memory, {name}", *memory, "MiB", peer_name, "about 1"))
+        rows.append(Row(f"peak memory, {name}", memory[0], memory[1], "MiB", peer_name, "about 1"))
     return rows
 
 
