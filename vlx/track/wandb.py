@@ -79,6 +79,7 @@ class WandbTrack:
                 f"`wandb sync` sends it later"
             )
             self.mode = "offline"
+            wandb.teardown()  # the client's service still holds the run id
             self._run = init(self.mode)
 
     def _send(self, step: int, values: dict[str, Any]) -> None:
