@@ -51,7 +51,7 @@ class Kill:
 
     place: str
     """micro (inside a step), step (after one), write, sync, rename, prune (inside a save),
-    evaluate (inside an evaluation), log (after a record of metrics.jsonl)."""
+    evaluator (before an evaluation), evaluate (inside one), log (after a record)."""
     at: int
     number: int = signal.SIGKILL
     """The signal; other than SIGKILL the process may answer it."""
@@ -167,7 +167,7 @@ def _arm(kill: Kill) -> None:
     """Make the process send itself the signal at the wanted place."""
     import safetensors.torch as _  # noqa: F401 - imported before it is patched
 
-    from vlx.engine import checkpoint, ema, loop
+    from vlx.engine import checkpoint, ema, evaluate, loop
     from vlx.evals import features
     from vlx.track.jsonl import JsonlTrack
 
@@ -180,6 +180,7 @@ def _arm(kill: Kill) -> None:
         "rename": (checkpoint, "_replace"),
         "prune": (checkpoint, "prune"),
         "evaluate": (features, "_first_occurrences"),
+        "evaluator": (evaluate, "evaluator"),
         "log": (JsonlTrack, "log"),
     }
     owner, name = places[kill.place]

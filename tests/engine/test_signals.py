@@ -62,12 +62,12 @@ def test_second_interrupt_leaves_at_once(tmp_path: Path) -> None:
     assert not (run_dir / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("call", [1, 5], ids=["untrained", "at the end"])
+@pytest.mark.parametrize("call", [1, 4], ids=["untrained", "at the end"])
 def test_signal_during_an_evaluation_stops_before_the_next(
     call: int, reference: Path, tmp_path: Path
 ) -> None:
     run_dir = make_run(tmp_path, "stopped", *OVERRIDES)
-    process = start(run_dir, Kill("evaluate", call, signal.SIGTERM))
+    process = start(run_dir, Kill("evaluator", call, signal.SIGTERM))
     finish(process, run_dir, code=EXIT_INTERRUPTED)
     assert not (run_dir / "results.json").exists()
     execute(run_dir)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,13 +40,18 @@ def extract(subject: ImageFeatures, pipeline: EvalPipeline) -> Features:
         rows.append(subject.image_features(batch["image"]).float())
         labels.append(batch["label"])
         ids.append(batch["sample_id"])
-    parts = (torch.cat(rows), torch.cat(labels), torch.cat(ids))
+    # A process whose whole share is unreadable has nothing to add, and says so.
+    found = [tuple(torch.cat(part) for part in (rows, labels, ids))] if rows else []
     if pipeline.world > 1:
-        gathered: list = [None] * pipeline.world
-        dist.all_gather_object(gathered, tuple(part.cpu() for part in parts))
-        parts = tuple(torch.cat([g[i] for g in gathered]) for i in range(3))
-        parts = tuple(part.to(pipeline.device) for part in parts)
-    features, label, sample_id = parts
+        mine = [tuple(part.cpu() for part in parts) for parts in found]
+        gathered: list[Any] = [None] * pipeline.world
+        dist.all_gather_object(gathered, mine)
+        found = [parts for own in gathered for parts in own]
+    if not found:
+        raise DataError(f"no sample of {pipeline.source.info.name} could be read")
+    features, label, sample_id = (
+        torch.cat(column).to(pipeline.device) for column in zip(*found, strict=True)
+    )
     # First occurrence of each id, in order: processes pad their shares with repeats.
     sample_id, first = _first_occurrences(sample_id)
     return Features(features[first], label[first], sample_id)

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import torch
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from vlx.core.capability import ImageFeatures, Reconstruction
+from vlx.core.fields import Batch
 from vlx.core.method import StepContext
+from vlx.data.pipeline import EvalPipeline
+from vlx.data.subset import evenly
+from vlx.data.views import evaluation_view
 from vlx.evals.base import EvalData, Evaluation, Subject
 from vlx.evals.pictures import grid, to_picture
 
 _ROWS = 8
 _NEIGHBOURS = 5
+_POOL = 20_000
 _MASK_SEED = 0
 
 
 class ReconstructionGrid:
-    """Protocol reconstruction@1: test images spread over the split, masks of a fixed seed."""
+    """Protocol reconstruction@1: eight test images spread evenly over the split, masks of a fixed
+    seed. Every process computes it whole, so it is the same for any number of them."""
 
     name = "reconstruction"
     version = 1
@@ -25,8 +35,7 @@ class ReconstructionGrid:
 
     @torch.no_grad()
     def run(self, subject: Subject, data: EvalData) -> Evaluation:
-        images = torch.cat([b["image"] for b in _first(data, "test", 4 * _ROWS)])
-        chosen = images[torch.linspace(0, len(images) - 1, min(_ROWS, len(images))).long()]
+        chosen = torch.cat([batch["image"] for batch in _batches(data, "test", _ROWS)])
         ctx = StepContext(step=0, total_steps=1, steps_per_epoch=1, seed=_MASK_SEED)
         seen, painted = subject.get(Reconstruction).reconstruct(chosen, ctx)
         rows = [[to_picture(x) for x in row] for row in zip(chosen, seen, painted)]
@@ -46,26 +55,29 @@ class ReconstructionGrid:
         )
 
 
-def _first(data: EvalData, split: str, count: int) -> list:
-    found, batches = 0, []
-    for batch in data.pipeline(split).batches():
-        batches.append(batch)
-        found += len(batch["sample_id"])
-        if found >= count:
-            break
-    return batches
+def _batches(data: EvalData, split: str, count: int) -> Iterator[Batch]:
+    """At most `count` samples of a split, the same on every process."""
+    pipeline = EvalPipeline(
+        evenly(data.source(split), count),
+        evaluation_view(data.cfg.crop_ratio),
+        # Unreadable samples are counted by who reads the whole split, not by a picture of eight.
+        cfg=replace(data.data, corrupt_limit=1.0),
+        image_size=data.image_size,
+        batch_size=data.cfg.batch_size,
+        device=data.device,
+    )
+    yield from (batch for batch in pipeline.batches() if len(batch["sample_id"]))
 
 
-def _neighbours(subject: Subject, data: EvalData, queries: torch.Tensor) -> list[torch.Tensor]:
-    """The training images (of the first 20,000) nearest to each query by cosine."""
+def _neighbours(subject: Subject, data: EvalData, queries: Tensor) -> list[Tensor]:
+    """The training images (of 20,000 at most) nearest to each query by cosine."""
     encoder = subject.get(ImageFeatures)
     query = normalize(encoder.image_features(queries), dim=1)
     best = torch.full((len(queries), 0), 0.0, device=query.device)
     pool = torch.zeros(len(queries), 0, *queries.shape[1:], device=query.device)
-    for batch in _first(data, "train", 20_000):
+    for batch in _batches(data, "train", _POOL):
         similarity = query @ normalize(encoder.image_features(batch["image"]), dim=1).T
-        k = min(_NEIGHBOURS, similarity.shape[1])
-        top, index = similarity.topk(k, dim=1)
+        top, index = similarity.topk(min(_NEIGHBOURS, similarity.shape[1]), dim=1)
         best, pool = torch.cat([best, top], 1), torch.cat([pool, batch["image"][index]], 1)
         order = best.topk(min(_NEIGHBOURS, best.shape[1]), dim=1).indices
         best = best.gather(1, order)

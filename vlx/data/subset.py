@@ -1,0 +1,39 @@
+"""Some samples of a source, as a source."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from vlx.data.source import Sample, Source, SourceInfo
+
+
+class Subset:
+    """The samples of `source` at `indices (K,)`, in that order, renumbered from 0."""
+
+    def __init__(self, source: Source, indices: np.ndarray) -> None:
+        self._source, self._indices = source, np.asarray(indices, dtype=np.int64)
+
+    @property
+    def info(self) -> SourceInfo:
+        return replace(self._source.info, num_samples=len(self))
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def read(self, index: int) -> Sample:
+        return self._source.read(int(self._indices[index]))
+
+    def describe(self, index: int) -> str:
+        return self._source.describe(int(self._indices[index]))
+
+    def labels(self) -> np.ndarray | None:
+        labels = self._source.labels()
+        return None if labels is None else labels[self._indices]
+
+
+def evenly(source: Source, count: int) -> Subset:
+    """At most `count` samples, spread evenly over a source's order."""
+    picked = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(np.int64)
+    return Subset(source, picked)
