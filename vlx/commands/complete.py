@@ -6,6 +6,7 @@ bash breaks words at `=`, so what comes after one may arrive as a word of its ow
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from vlx.config.paths import GROUPS, group_options, presets
 from vlx.core import registry
 from vlx.core.paper import COMMANDS
 
+_NOT_KEYS = ("command", "slug", "preset", "teacher")
 _EVALUATION_SECTIONS = ("encoder.", "data.", "eval.", "launcher.", "runs_dir", "name", "seed")
 
 
@@ -45,13 +47,13 @@ def overrides(ctx: typer.Context, incomplete: str) -> list[str]:
     key, equals, value = incomplete.partition("=")
     if equals and key:  # one word, as zsh and fish give it
         return [f"{key}={option}" for option in _values(_method(ctx), key, value)]
-    if incomplete == "=" and words:
+    if _typed_equals() and words:  # typer gives the callback "" for a word "="
         return _values(_method(ctx), words[-1], "")
     if len(words) > 1 and words[-1] == "=":
         return _values(_method(ctx), words[-2], incomplete)
     if words and words[-1].endswith("="):
         return _values(_method(ctx), words[-1].rstrip("="), incomplete)
-    names = (*_keys(_method(ctx)), *_groups(_method(ctx)))
+    names = [*_keys(_method(ctx)), *_groups(_method(ctx))]
     return [f"{name}=" for name in names if name.startswith(incomplete)]
 
 
@@ -67,8 +69,15 @@ def sweep_dirs(ctx: typer.Context, incomplete: str) -> list[str]:
     return [str(file.parent) for file in files if str(file.parent).startswith(incomplete)]
 
 
+def _typed_equals() -> bool:
+    """Whether the word being completed is a lone `=`, in bash's own variables."""
+    words, at = os.environ.get("COMP_WORDS", "").split(), os.environ.get("COMP_CWORD", "")
+    return at.isdecimal() and int(at) < len(words) and words[int(at)] == "="
+
+
 def _method(ctx: typer.Context) -> str:
-    return str(ctx.params.get("method") or "")
+    # Behind an option that still waits for its value, typer leaves all words in `args`.
+    return str(ctx.params.get("method") or next(iter(ctx.args), ""))
 
 
 def _is_method(slug: str) -> bool:
@@ -80,7 +89,8 @@ def _keys(slug: str) -> dict[str, tuple[str, ...]]:
     from vlx.config.meanings import describe, describe_run
 
     if _is_method(slug):
-        return {name: key.choices for name, key in describe(slug).items()}
+        described = describe(slug).items()
+        return {name: key.choices for name, key in described if name not in _NOT_KEYS}
     keys = {name: key.choices for name, key in describe_run().items()}
     return {name: found for name, found in keys.items() if name.startswith(_EVALUATION_SECTIONS)}
 

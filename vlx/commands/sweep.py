@@ -54,6 +54,8 @@ class Running:
     job: Job
     process: subprocess.Popen[bytes] | Adopted
     started: float
+    told: int | None = None
+    """The last signal that it was sent."""
 
 
 class Driver:
@@ -66,7 +68,8 @@ class Driver:
         self.parallel, self.fail_fast = parallel, fail_fast
         self.jobs = read_jobs(directory)
         self.running: list[Running] = []
-        self.stopping = False
+        self.stop_signal: int | None = None
+        """What the jobs at work are told; None while nothing asked to stop."""
 
     def run(self) -> int:
         """Run what is missing or failed; print the tables. Returns the worst exit code."""
@@ -75,10 +78,12 @@ class Driver:
             if len(waiting) < len(self.jobs):
                 self._say(f"{len(self.jobs) - len(waiting)} of {len(self.jobs)} jobs are done")
             with self._signals():
-                while self.running or (waiting and not self.stopping):
-                    while waiting and not self.stopping and len(self.running) < self.parallel:
+                while self.running or (waiting and self.stop_signal is None):
+                    if waiting and self.stop_signal is None and len(self.running) < self.parallel:
                         self._start(waiting.pop(0))
+                        continue
                     time.sleep(_POLL_SECONDS)
+                    self._pass_on_stop()
                     self._collect()
             summarise(self.directory, self.jobs, self.console)
         code = worst([0 if j.state == DONE else j.exit_code or EXIT_INTERRUPTED for j in self.jobs])
@@ -134,8 +139,8 @@ class Driver:
                 job.state = "failed"
             write_jobs(self.directory, self.jobs)
             self._say(self._ending(job, time.monotonic() - work.started))
-            if job.state != DONE and self.fail_fast and not self.stopping:
-                self._stop(signal.SIGTERM)
+            if job.state != DONE and self.fail_fast and self.stop_signal is None:
+                self.stop_signal = signal.SIGTERM
 
     def _ending(self, job: Job, seconds: float) -> str:
         line = f"[{self.jobs.index(job) + 1}/{len(self.jobs)}] {job.id} {job.state}"
@@ -147,11 +152,15 @@ class Driver:
         last = said.splitlines()[-1] if said else f"exit code {job.exit_code}"
         return f"{line}: {last} ({output})"
 
-    def _stop(self, number: int) -> None:
-        """Start no more jobs and ask those at work to save and end."""
-        self.stopping = True
+    def _pass_on_stop(self) -> None:
+        """Tell the jobs at work to save and end, once asked to stop.
+
+        Not from the signal's handler: a job that is just being started would not be told.
+        """
         for work in self.running:
-            work.process.send_signal(number)
+            if self.stop_signal is not None and work.told != self.stop_signal:
+                work.told = self.stop_signal
+                work.process.send_signal(self.stop_signal)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -160,7 +169,7 @@ class Driver:
         def handle(number: int, frame: FrameType | None) -> None:
             received.append(number)
             again = received.count(signal.SIGINT) > 1
-            self._stop(signal.SIGKILL if again else signal.SIGTERM)
+            self.stop_signal = signal.SIGKILL if again else signal.SIGTERM
 
         watched = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
         previous = {number: signal.signal(number, handle) for number in watched}
