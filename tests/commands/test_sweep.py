@@ -20,10 +20,10 @@ import yaml
 from tests.commands.conftest import smoke_line, text_console, text_of
 from vlx.commands import sweep as sweep_module
 from vlx.commands.multirun import freeze
-from vlx.commands.start import start
+from vlx.commands.start import prepare, start
 from vlx.commands.summary import spread
 from vlx.commands.sweep import Driver
-from vlx.commands.sweep_file import read_jobs, standing, worst, write_jobs
+from vlx.commands.sweep_file import at_work, read_jobs, standing, worst, write_jobs
 from vlx.config.compose import method_root
 from vlx.config.grid import expand
 from vlx.core.errors import EXIT_INTERRUPTED, VlxError
@@ -173,12 +173,45 @@ def test_a_killed_driver_loses_nothing(stand_in: Path) -> None:
         time.sleep(0.02)
     driver.kill()
     driver.wait()
-    assert states(folder) == ["finished", "running", "pending"]
+    assert states(folder)[::2] == ["finished", "pending"]
     again = Listening(folder, text_console())
     again.hear = lambda text: (folder / "go").touch() if "already at work" in text else None
     assert again.run() == 0
     assert states(folder) == ["finished"] * 3
     assert starts(folder) == [1, 1, 1]
+
+
+def test_a_job_killed_with_its_driver_is_run_again(stand_in: Path) -> None:
+    folder = make_sweep(stand_in / "s", "seed=1,7")
+    driver = Listening(folder, text_console())
+
+    def hear(text: str) -> None:
+        if "[2/2]" in text and "started" in text:
+            driver.stop_signal = signal.SIGKILL
+
+    driver.hear = hear
+    assert driver.run() == 128 + signal.SIGKILL
+    assert states(folder)[1] in ("killed", "failed")
+    (folder / "go").touch()
+    assert Driver(folder, text_console()).run() == 0
+    assert states(folder) == ["finished"] * 2
+
+
+def test_a_job_is_known_to_be_at_work_before_it_can_say_so(stand_in: Path) -> None:
+    """A driver killed while its job still imports torch: the restart waits for that job."""
+    folder = make_sweep(stand_in / "s", "seed=1,2")
+    job = read_jobs(folder)[0]
+    driver = Driver(folder, text_console())
+    sleeper = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+    run_dir = prepare(job.config, job.overrides, sweep="s", run_dir=folder / job.run_dir)
+    with at_work(run_dir) as lock:
+        process = subprocess.Popen(sleeper, stdin=subprocess.PIPE, pass_fds=(lock,))
+    with process:
+        assert standing(folder, job) == "running"
+        with pytest.raises(VlxError, match="in use"):
+            driver._launch(job)
+        process.kill()
+    assert standing(folder, job) == "created"
 
 
 def test_a_driver_killed_while_making_a_run_directory_loses_nothing(stand_in: Path) -> None:

@@ -9,18 +9,26 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-
-import typer
+from typing import Any, Protocol
 
 from vlx.config.paths import GROUPS, group_options, presets
 from vlx.core import registry
 from vlx.core.paper import COMMANDS
 
+
+class TypedWords(Protocol):
+    """What typer's context holds of the words typed so far."""
+
+    params: dict[str, Any]
+    args: list[str]
+    info_name: str | None
+
+
 _NOT_KEYS = ("command", "slug", "preset", "teacher")
 _EVALUATION_SECTIONS = ("encoder.", "data.", "eval.", "launcher.", "runs_dir", "name", "seed")
 
 
-def methods(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+def methods(ctx: TypedWords, incomplete: str) -> list[tuple[str, str]]:
     """Methods of the command being typed, with their titles."""
     found, _ = registry.scan()
     command = {"pretrain": "pretrain-mim"}.get(ctx.info_name or "", ctx.info_name)
@@ -36,12 +44,12 @@ def methods(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
     return [(name, text) for name, text in names.items() if name.startswith(incomplete)]
 
 
-def preset_names(ctx: typer.Context, incomplete: str) -> list[str]:
+def preset_names(ctx: TypedWords, incomplete: str) -> list[str]:
     """Presets of the method already on the line."""
     return [name for name in presets(_method(ctx)) if name.startswith(incomplete)]
 
 
-def overrides(ctx: typer.Context, incomplete: str) -> list[str]:
+def overrides(ctx: TypedWords, incomplete: str) -> list[str]:
     """`key=`, `group=`, and the values that they take."""
     words = list(ctx.params.get("rest") or [])
     key, equals, value = incomplete.partition("=")
@@ -57,13 +65,13 @@ def overrides(ctx: typer.Context, incomplete: str) -> list[str]:
     return [f"{name}=" for name in names if name.startswith(incomplete)]
 
 
-def run_dirs(ctx: typer.Context, incomplete: str) -> list[str]:
+def run_dirs(ctx: TypedWords, incomplete: str) -> list[str]:
     """Run directories under runs/."""
     folders = [*Path("runs").glob("*/run.json"), *Path("runs/sweeps").glob("*/*/run.json")]
     return [str(f.parent) for f in sorted(folders) if str(f.parent).startswith(incomplete)]
 
 
-def sweep_dirs(ctx: typer.Context, incomplete: str) -> list[str]:
+def sweep_dirs(ctx: TypedWords, incomplete: str) -> list[str]:
     """Sweep directories under runs/."""
     files = sorted(Path("runs/sweeps").glob("*/sweep.jsonl"))
     return [str(file.parent) for file in files if str(file.parent).startswith(incomplete)]
@@ -75,7 +83,7 @@ def _typed_equals() -> bool:
     return at.isdecimal() and int(at) < len(words) and words[int(at)] == "="
 
 
-def _method(ctx: typer.Context) -> str:
+def _method(ctx: TypedWords) -> str:
     # Behind an option that still waits for its value, typer leaves all words in `args`.
     return str(ctx.params.get("method") or next(iter(ctx.args), ""))
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.types import Override
 from rich.console import Console
 
 from vlx.commands.multirun import make_sweep_dir, name_of
@@ -22,9 +20,9 @@ from vlx.commands.sweep_file import (
 )
 from vlx.config import hydra_app
 from vlx.config.compose import Root, check, hydra_conf, resolve
-from vlx.config.grid import PLUGIN_KEYS, expand
-from vlx.config.overrides import is_hydra_key, parse
-from vlx.core.errors import ConfigError, nearest
+from vlx.config.grid import expand
+from vlx.config.overrides import Override, is_hydra_key, parse
+from vlx.core.errors import ConfigError
 
 
 def plugin_sweep(line: Line, root: Root, console: Console) -> int:
@@ -33,7 +31,7 @@ def plugin_sweep(line: Line, root: Root, console: Console) -> int:
         raise ConfigError("--cfg and --dry-run go without hydra/launcher and hydra/sweeper")
     with hydra_conf():
         parsed = parse(line.overrides)
-        _check_plugins(parsed)
+        hydra_app.check_plugins(parsed)
     own = [o for o in parsed if not is_hydra_key(o.key_or_group)]
     runs_dir = _check_jobs(root, own)
     words = [o.input_line or "" for o in parsed if o.key_or_group != "name"]
@@ -62,22 +60,6 @@ def plugin_sweep(line: Line, root: Root, console: Console) -> int:
     else:
         console.print(f"no job began; see {directory / hydra_app.HYDRA_DIR}", highlight=False)
     return worst([ended, *(job.exit_code or 0 for job in jobs)]) if jobs else ended or 1
-
-
-def _check_plugins(parsed: Sequence[Override]) -> None:
-    """Refuse a launcher or sweeper that is not installed; call inside `hydra_conf`."""
-    loader = GlobalHydra.instance().config_loader()
-    for override in parsed:
-        key = override.key_or_group
-        if key not in PLUGIN_KEYS:
-            continue
-        options, name = loader.get_group_options(key), str(override.value())
-        if name not in options:
-            kind = key.split("/")[1]
-            raise ConfigError(
-                f"no {key} '{name}'. {nearest(name, options)} Others are installed with "
-                f"pip: hydra-{name.split('_')[0]}-{kind}"
-            )
 
 
 def _check_jobs(root: Root, own: Sequence[Override]) -> str:

@@ -20,6 +20,7 @@ from vlx.commands.summary import summarise
 from vlx.commands.sweep_file import (
     DONE,
     Job,
+    at_work,
     code_of,
     read_jobs,
     standing,
@@ -67,6 +68,7 @@ class Driver:
         self.directory, self.console = directory, console
         self.parallel, self.fail_fast = parallel, fail_fast
         self.jobs = read_jobs(directory)
+        self.waiting: list[Job] = []
         self.running: list[Running] = []
         self.stop_signal: int | None = None
         """What the jobs at work are told; None while nothing asked to stop."""
@@ -74,13 +76,13 @@ class Driver:
     def run(self) -> int:
         """Run what is missing or failed; print the tables. Returns the worst exit code."""
         with rundir.locked(self.directory):
-            waiting = [job for job in self.jobs if not self._is_done(job)]
-            if len(waiting) < len(self.jobs):
-                self._say(f"{len(self.jobs) - len(waiting)} of {len(self.jobs)} jobs are done")
+            self.waiting = [job for job in self.jobs if not self._is_done(job)]
+            if len(self.waiting) < len(self.jobs):
+                self._say(f"{len(self.jobs) - len(self.waiting)} of {len(self.jobs)} jobs are done")
             with self._signals():
-                while self.running or (waiting and self.stop_signal is None):
-                    if waiting and self.stop_signal is None and len(self.running) < self.parallel:
-                        self._start(waiting.pop(0))
+                while self.running or self._may_start():
+                    if self._may_start() and len(self.running) < self.parallel:
+                        self._start(self.waiting.pop(0))
                         continue
                     time.sleep(_POLL_SECONDS)
                     self._pass_on_stop()
@@ -90,6 +92,9 @@ class Driver:
         if code:
             self._say(f"not all jobs finished. To run the rest: vlx sweep {self.directory}")
         return code
+
+    def _may_start(self) -> bool:
+        return bool(self.waiting) and self.stop_signal is None
 
     def _is_done(self, job: Job) -> bool:
         job.state = standing(self.directory, job)
@@ -114,7 +119,7 @@ class Driver:
         if self.parallel > 1:  # the jobs share the cores
             threads = max(1, len(os.sched_getaffinity(0)) // self.parallel)
             env.setdefault("OMP_NUM_THREADS", str(threads))
-        with (run_dir / CONSOLE_FILE).open("ab") as output:
+        with (run_dir / CONSOLE_FILE).open("ab") as output, at_work(run_dir) as lock:
             # Its own process group: a terminal's Ctrl-C reaches the job once, through us.
             return subprocess.Popen(
                 job_command(run_dir),
@@ -123,6 +128,7 @@ class Driver:
                 stderr=output,
                 env=env,
                 start_new_session=True,
+                pass_fds=(lock,),
             )
 
     def _collect(self) -> None:
@@ -134,7 +140,10 @@ class Driver:
             self.running.remove(work)
             job = work.job
             job.exit_code = worst([code])
-            job.state = standing(self.directory, job)
+            job.state = standing(self.directory, job, ended=True)
+            if job.state != DONE and isinstance(work.process, Adopted):
+                self.waiting.insert(0, job)  # the job of a driver before us: ours to run again
+                continue
             if code != 0 and job.state in (DONE, "pending", "created"):
                 job.state = "failed"
             write_jobs(self.directory, self.jobs)

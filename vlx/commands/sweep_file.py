@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from vlx.engine import rundir
 
 SWEEP_FILE = "sweep.jsonl"
 DONE = "finished"
+_AT_WORK_FILE = ".job"
 
 
 @dataclass(kw_only=True)
@@ -64,17 +67,52 @@ def append_job(directory: Path, job: Job) -> None:
         os.close(descriptor)
 
 
-def standing(directory: Path, job: Job) -> str:
-    """How a job stands by its own run directory, which outlives a killed driver."""
+def standing(directory: Path, job: Job, *, ended: bool = False) -> str:
+    """How a job stands by its own run directory, which outlives a killed driver.
+
+    ended: its process is known to be gone, whatever its data workers may still hold.
+    """
     run_dir = directory / job.run_dir
     if not (run_dir / rundir.RUN_FILE).is_file():
         return "pending"
     state = rundir.read_record(run_dir).state
-    if state == DONE:
-        return DONE if (run_dir / FILE_NAME).is_file() else "failed"
-    if rundir.is_locked(run_dir):
+    if state == DONE and (run_dir / FILE_NAME).is_file():
+        return DONE
+    if not ended and (is_at_work(run_dir) or rundir.is_locked(run_dir)):
         return "running"
-    return "killed" if state == "running" else state
+    return {"running": "killed", DONE: "failed"}.get(state, state)
+
+
+@contextmanager
+def at_work(run_dir: Path) -> Iterator[int]:
+    """A locked file to start a job's process with: locked for as long as that process lives.
+
+    The run directory's own lock comes seconds later, when torch is imported. A `flock` belongs to
+    the open file, so it passes to the process that inherits it.
+    """
+    descriptor = os.open(run_dir / _AT_WORK_FILE, os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield descriptor
+    except BlockingIOError:
+        raise VlxError(f"{run_dir} is in use by another process") from None
+    finally:
+        os.close(descriptor)
+
+
+def is_at_work(run_dir: Path) -> bool:
+    """Whether the process that a driver started for a job still lives."""
+    try:
+        descriptor = os.open(run_dir / _AT_WORK_FILE, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
 
 
 def code_of(state: str) -> int:

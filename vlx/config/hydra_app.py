@@ -19,12 +19,13 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from vlx.config.compose import Root
-from vlx.config.grid import job_name
+from vlx.config.grid import PLUGIN_KEYS, job_name
 from vlx.config.paths import conf_dir
-from vlx.core.errors import VlxError
+from vlx.core.errors import ConfigError, VlxError, nearest
 from vlx.core.files import write_json
 from vlx.core.results import read_results
 
@@ -56,6 +57,22 @@ def write_plan(directory: Path, plan: Plan) -> None:
 def read_plan(directory: Path) -> Plan:
     """The plan of a sweep's directory."""
     return Plan(**json.loads((directory / HYDRA_DIR / _PLAN_FILE).read_text(encoding="utf-8")))
+
+
+def check_plugins(parsed: Sequence[Override]) -> None:
+    """Refuse a launcher or sweeper that is not installed; call inside `hydra_conf`."""
+    loader = GlobalHydra.instance().config_loader()
+    for override in parsed:
+        key = override.key_or_group
+        if key not in PLUGIN_KEYS:
+            continue
+        options, name = loader.get_group_options(key), str(override.value())
+        if name not in options:
+            kind = key.split("/")[1]
+            raise ConfigError(
+                f"no {key} '{name}'. {nearest(name, options)} Others are installed with "
+                f"pip: hydra-{name.split('_')[0]}-{kind}"
+            )
 
 
 def sweep(root: Root, directory: Path, words: Sequence[str]) -> int:
