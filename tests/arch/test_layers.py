@@ -35,9 +35,9 @@ LAYERS: dict[str, set[str]] = {
 # Third-party package -> where it may be imported.
 FENCES: dict[str, tuple[str, ...]] = {
     "wandb": ("track/wandb.py",),
-    "hydra": ("config/", "commands/plugin_sweep.py"),
+    "hydra": ("config/",),
     "omegaconf": ("config/",),
-    "typer": ("cli.py", "commands/complete.py"),
+    "typer": ("cli.py",),
     "accelerate": ("engine/",),
     "transformers": ("encoders/",),
     "timm.layers": ("encoders/", "blocks/", "methods/"),
