@@ -31,6 +31,13 @@ from vlx.core.results import read_results
 
 HYDRA_DIR = "hydra"
 _PLAN_FILE = "plan.json"
+# The optional extras of pyproject.toml.
+_PACKAGES = {
+    "hydra/launcher=joblib": "hydra-joblib-launcher",
+    "hydra/launcher=submitit": "hydra-submitit-launcher",
+    "hydra/launcher=ray": "hydra-ray-launcher",
+    "hydra/sweeper=optuna": "hydra-optuna-sweeper",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +75,9 @@ def check_plugins(parsed: Sequence[Override]) -> None:
             continue
         options, name = loader.get_group_options(key), str(override.value())
         if name not in options:
-            kind = key.split("/")[1]
-            raise ConfigError(
-                f"no {key} '{name}'. {nearest(name, options)} Others are installed with "
-                f"pip: hydra-{name.split('_')[0]}-{kind}"
-            )
+            package = _PACKAGES.get(f"{key}={name.split('_')[0]}")
+            remedy = f"pip install {package}" if package else nearest(name, options)
+            raise ConfigError(f"no {key} '{name}' here. {remedy}".rstrip())
 
 
 def sweep(root: Root, directory: Path, words: Sequence[str]) -> int:
