@@ -24,6 +24,7 @@ OVERRIDES = (
     "train.accumulate=4", "train.ema_decay=0.9", "optim.clip_norm=1.0", "data.resident=never",
     "data.workers=0", "eval.every_epochs=1", "eval.compare_untrained=false",
     "schedule.warmup_steps=4", "schedule.weight_decay_end=0.2", "eval.at_end=[knn]",
+    "encoder.drop_path=0.2",  # draws from torch's global generator
 )  # fmt: skip
 
 

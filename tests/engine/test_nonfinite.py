@@ -146,3 +146,18 @@ def test_replay_of_a_sound_run_says_so(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path, "run")
     with pytest.raises(VlxError, match="has no step whose loss"):
         replay_run(run_dir, Console(quiet=True))
+
+
+def test_command_prints_the_step_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from vlx.cli import app
+
+    monkeypatch.setenv("COLUMNS", "160")
+    run_dir = make_run(tmp_path, "run", *DIVERGES)
+    with pytest.raises(DivergedError):
+        run_here(run_dir)
+    done = CliRunner().invoke(app, ["replay", str(run_dir)])
+    assert done.exit_code == 0, done.output
+    assert "recon nan" in done.output
+    assert "and 58 more" in done.output
