@@ -26,7 +26,7 @@ def test_the_paper_preset_shows_the_published_sizes_and_writes_nothing(here: Pat
     for shown in (
         "111,655,680 trainable",
         "GMACs",
-        "9.78",
+        "9.694",
         "tokens in encoder.vit.blocks",
         "50 x 12",  # a quarter of 196 patches and the class token, in 12 blocks
         "197 x 8",  # all of them in the decoder's 8
@@ -48,7 +48,7 @@ def test_the_config_follows_in_full(here: Path) -> None:
 
 def test_epochs_become_steps_where_the_data_is_there(here: Path) -> None:
     # 1437 training digits, 256 a step: 5 steps an epoch
-    assert "1,500, 300 epochs of 1,437 samples" in dry("tiny")
+    assert "3,520, 320 epochs of 1,437 samples" in dry("tiny")
     assert "larger than the 1437 samples" in dry("tiny", "train.batch_size=2000")
     assert "7, 1.4 epochs" in dry("tiny", "train.steps=7")
 
