@@ -47,10 +47,10 @@ def test_the_config_follows_in_full(here: Path) -> None:
 
 
 def test_epochs_become_steps_where_the_data_is_there(here: Path) -> None:
-    # 1437 training digits, 256 a step: 5 steps an epoch
+    # 1437 training digits, 128 a step: 11 steps an epoch
     assert "3,520, 320 epochs of 1,437 samples" in dry("tiny")
     assert "larger than the 1437 samples" in dry("tiny", "train.batch_size=2000")
-    assert "7, 1.4 epochs" in dry("tiny", "train.steps=7")
+    assert "22, 2 epochs" in dry("tiny", "train.steps=22")
 
 
 def test_processes_and_absolute_rates_are_shown(here: Path) -> None:
