@@ -151,13 +151,14 @@ def test_replay_of_a_sound_run_says_so(tmp_path: Path) -> None:
 def test_command_prints_the_step_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
-    from vlx.cli import app
+    from vlx import cli
 
-    monkeypatch.setenv("COLUMNS", "160")
+    # The module's console keeps the width of whenever it was first imported.
+    monkeypatch.setattr(cli, "console", Console(width=160))
     run_dir = make_run(tmp_path, "run", *DIVERGES)
     with pytest.raises(DivergedError):
         run_here(run_dir)
-    done = CliRunner().invoke(app, ["replay", str(run_dir)])
+    done = CliRunner().invoke(cli.app, ["replay", str(run_dir)])
     assert done.exit_code == 0, done.output
     assert "recon nan" in done.output
     assert "and 58 more" in done.output
