@@ -230,6 +230,7 @@ def _limit_files_to_200_kb() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 
 
+@pytest.mark.slow
 def test_run_on_a_full_disk_fails_in_one_line_and_resumes(tmp_path: Path) -> None:
     """The weights of the smoke model take 256 kB: the limit refuses them, but not run.json."""
     run_dir = make_run(tmp_path, "run", *QUICK)
