@@ -1,7 +1,8 @@
 """CIFAR-10 resident on the device against torchvision's CIFAR10 and a DataLoader of two workers.
 
 Both crop 32 of 40 pixels, flip, scale to 0..1 and normalise, in batches of 512 on the CPU. vlx
-runs in one thread (its peer in two processes), so that a busy machine does not stall its threads.
+runs in two threads, its peer in two processes: measure on a quiet machine, where threads that wait
+for a busy core do not stall the batch.
 `python -m benchmarks.data [FOLDER]`; the folder holds train.parquet, ../shared/data/cifar10.
 """
 
@@ -72,7 +73,7 @@ def build_loader(images: Tensor, labels: Tensor) -> DataLoader:
 
 def main(folder: Path = FOLDER) -> list[Row]:
     """Medians over alternating epochs; prints images/s of both and their ratio."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(2)
     pipeline = build_pipeline(folder)
     assert pipeline.residents is not None
     assert pipeline.residents.images is not None
