@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -11,11 +12,14 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from vlx.ops.augment import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     CenterCrop,
     ColorJitter,
     GaussianBlur,
     HorizontalFlip,
     RandomCrop,
+    RandomErasing,
     RandomResizedCrop,
 )
 
@@ -42,7 +46,7 @@ def uniforms(count: int, draws: int, seed: int = 0) -> Tensor:
     return torch.rand(count, draws, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("op", OPS, ids=lambda op: type(op).__name__)
+@pytest.mark.parametrize("op", [*OPS, RandomErasing(p=0.7)], ids=lambda op: type(op).__name__)
 def test_an_image_gets_the_same_view_alone_and_in_a_batch(op) -> None:
     x, u = images(), uniforms(BATCH, op.draws)
     together = op(x, sizes_of(x), u, 24)
@@ -234,3 +238,114 @@ def test_jitter_keeps_what_its_probability_leaves() -> None:
     out = ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8)(x, sizes_of(x), u, 32)
     assert not torch.equal(out[0], x[0])
     assert torch.equal(out[1], x[1])
+
+
+# --- erasing
+
+
+def test_erasing_has_its_probability() -> None:
+    op = RandomErasing(p=0.25)
+    sizes = torch.tensor([224, 224]).expand(20_000, 2)
+    erased = op.boxes(sizes, uniforms(20_000, op.draws))[:, 2] > 0
+    assert abs(erased.float().mean() - 0.25) < 5 * math.sqrt(0.25 * 0.75 / 20_000)
+
+
+@pytest.mark.parametrize(("p", "expected"), [(0.0, 0), (1.0, 500)])
+def test_erasing_never_and_always(p: float, expected: int) -> None:
+    op = RandomErasing(p=p)
+    sizes = torch.tensor([224, 224]).expand(500, 2)
+    assert (op.boxes(sizes, uniforms(500, op.draws))[:, 2] > 0).sum() == expected
+
+
+def test_erased_boxes_lie_inside_and_have_the_area_and_ratio_asked_for() -> None:
+    op = RandomErasing(p=1.0)
+    u = torch.cat([uniforms(5000, op.draws), torch.zeros(1, op.draws)])
+    u = torch.cat([u, torch.full((1, op.draws), 1 - 2**-24)])
+    u[:, 0] = 0.0
+    sizes = torch.tensor([600, 500]).expand(len(u), 2)
+    top, left, height, width = op.boxes(sizes, u).unbind(1)
+    assert (top >= 0).all()
+    assert (left >= 0).all()
+    assert (top + height <= 600).all()
+    assert (left + width <= 500).all()
+    assert (height[:5000] < 600).all()
+    assert (width[:5000] < 500).all()
+    share, ratio = (height * width / 3e5)[:5000], (height / width)[:5000]
+    assert share.min() > 0.02 - 1e-3  # whole pixels
+    assert share.max() < 1 / 3 + 1e-3
+    # Large boxes that do not fit are drawn again, so the mean is a little below the middle.
+    assert 0.17 < share.mean() < (0.02 + 1 / 3) / 2
+    assert ratio.min() > 0.3 - 0.01
+    assert ratio.max() < 1 / 0.3 + 0.1
+    assert abs(ratio.log().mean()) < 0.05
+
+
+def test_erased_boxes_are_distributed_as_timm_s() -> None:
+    """Means of every number over many boxes, against timm's own loop."""
+    from timm.data.random_erasing import RandomErasing as Theirs
+
+    random.seed(0)
+    count, h, w = 3000, 32, 24
+    their_op = Theirs(probability=1.0, mode="const", max_area=1 / 3, device="cpu")
+    found = []
+    for _ in range(count):
+        erased = their_op(torch.ones(1, h, w))[0] == 0
+        rows, columns = erased.any(1).nonzero()[:, 0], erased.any(0).nonzero()[:, 0]
+        found.append([rows[0], columns[0], len(rows), len(columns)])
+    theirs = torch.tensor(found, dtype=torch.float64)
+    op = RandomErasing(p=1.0)
+    ours = op.boxes(torch.tensor([h, w]).expand(count, 2), uniforms(count, op.draws)).double()
+    for mine, other in ((ours, theirs), (ours**2, theirs**2)):
+        error = ((mine.var(0) + other.var(0)) / count).sqrt()
+        assert ((mine.mean(0) - other.mean(0)).abs() < 5 * error).all()
+
+
+def test_a_box_that_never_fits_erases_nothing() -> None:
+    op = RandomErasing(p=1.0, area=(0.99, 1.0), ratio=(1.0, 1.0))
+    x = images(4, 8, 8)
+    assert torch.equal(op(x, sizes_of(x), uniforms(4, op.draws), 8), x)
+
+
+def test_the_first_of_ten_draws_that_fits_counts() -> None:
+    op = RandomErasing(p=1.0, area=(0.0, 1.0), ratio=(1.0, 1.0))
+    u = torch.zeros(1, op.draws)
+    u[0, 5:15] = torch.tensor([1 - 2**-24] * 3 + [0.25, 0.64] + [0.01] * 5)
+    assert op.boxes(torch.tensor([[100, 100]]), u).tolist() == [[0, 0, 50, 50]]
+
+
+def test_erased_pixels_are_standard_normal_after_normalisation_and_others_stay() -> None:
+    x = images(64, 64, 64)
+    op = RandomErasing(p=0.5)
+    u = uniforms(64, op.draws)
+    out = op(x, sizes_of(x), u, 64)
+    inside = torch.zeros(64, 64, 64, dtype=torch.bool)
+    for i, (top, left, height, width) in enumerate(op.boxes(sizes_of(x), u).tolist()):
+        inside[i, top : top + height, left : left + width] = True
+    assert 0 < inside.any((1, 2)).sum() < 64
+    assert torch.equal((out != x).any(1), inside)
+    mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+    noise = ((out - mean) / std).permute(1, 0, 2, 3)[:, inside]  # (3, P)
+    count = noise.shape[1]
+    assert count > 10_000
+    assert (noise.mean(1).abs() < 5 / math.sqrt(count)).all()
+    assert ((noise.var(1) - 1).abs() < 5 * math.sqrt(2 / count)).all()
+    assert ((noise**4).mean(1) - 3).abs().max() < 5 * math.sqrt(96 / count)
+    between = torch.corrcoef(noise) - torch.eye(3)  # channels have their own
+    assert between.abs().max() < 5 / math.sqrt(count)
+
+
+def test_noise_belongs_to_the_sample_and_its_uniforms() -> None:
+    x = torch.zeros(3, 3, 32, 32)
+    op = RandomErasing(p=1.0)
+    u = uniforms(1, op.draws).repeat(3, 1)
+    u[2, 4] += 2**-10  # another draw of the noise alone
+    out = op(x, sizes_of(x), u, 32)
+    assert torch.equal(out[0], out[1])
+    box = out[0] != 0
+    assert torch.equal(box, out[2] != 0)
+    assert (out[0][box] != out[2][box]).float().mean() > 0.99
+    state = torch.get_rng_state()
+    assert torch.equal(op(x, sizes_of(x), u, 32), out)
+    assert torch.equal(torch.get_rng_state(), state)
+    rows = out[0, :, box[0].any(1)]
+    assert not torch.equal(rows[:, 0], rows[:, 1])  # a pixel's noise is its own

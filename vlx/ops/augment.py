@@ -8,7 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vlx.core import random
 from vlx.ops.resample import Interpolation, crop_resize
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+_TRIES = 10  # boxes that random erasing draws before it gives an image up, as timm
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,60 @@ class GaussianBlur:
         flat = torch.nn.functional.conv2d(flat, taps[:, None, None, :], groups=b * c)
         blurred = flat.reshape(b, c, h, w)
         return torch.where((u[:, 1] < self.p)[:, None, None, None], blurred, images)
+
+
+@dataclass(frozen=True)
+class RandomErasing:
+    """A box filled with normal noise, with probability `p` (Zhong 2020; timm's mode "pixel").
+
+    The noise is N(0, 1) once `mean` and `std` normalise the image, as in DeiT, so before that it
+    leaves 0..1: the last operation of a view.
+    """
+
+    p: float = 0.25
+    area: tuple[float, float] = (0.02, 1 / 3)
+    """Share of the image's area, 0..1."""
+    ratio: tuple[float, float] = (0.3, 1 / 0.3)
+    """Height over width."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    draws: int = 5 + 2 * _TRIES
+
+    def boxes(self, sizes: Tensor, u: Tensor) -> Tensor:
+        """`(B, 4)` int64 top, left, height, width, for sizes (B, 2) and u (B, draws).
+
+        All zero where nothing is erased. Of ten draws the first that is smaller than the image in
+        both directions counts.
+        """
+        extent = sizes[:, :, None].to(torch.float32)  # (B, 2, 1)
+        share, shape = u[:, 5:].split(_TRIES, dim=1)
+        area = extent.prod(1) * (self.area[0] + share * (self.area[1] - self.area[0]))
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        ratio = torch.exp(low + shape * (high - low))  # (B, 10)
+        sides = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], 1).round()
+        fits = (sides < extent).all(1)
+        first = fits.to(torch.int64).argmax(1)  # argmax gives the first of equals
+        side = sides[torch.arange(len(u), device=u.device), :, first]  # (B, 2)
+        corner = torch.floor(u[:, 1:3] * (extent[..., 0] - side + 1.0))
+        erased = fits.any(1) & (u[:, 0] < self.p)
+        return torch.cat([corner, side], dim=1).to(torch.int64) * erased[:, None]
+
+    def __call__(self, images: Tensor, sizes: Tensor, u: Tensor, size: int) -> Tensor:
+        height, width = images.shape[-2:]
+        top, left, tall, wide = self.boxes(sizes, u)[..., None].unbind(1)  # each (B, 1)
+        rows = torch.arange(height, device=images.device)
+        columns = torch.arange(width, device=images.device)
+        in_rows = (rows >= top) & (rows < top + tall)
+        in_columns = (columns >= left) & (columns < left + wide)
+        # Noise for the boxes alone, a sixth of a few images; how many pixels, the host waits for.
+        sample, row, column = (in_rows[:, :, None] & in_columns[:, None]).nonzero(as_tuple=True)
+        bits = (u[:, 3:5] * (1 << 24)).to(torch.int64)  # a uniform has 24
+        keys = random.key((bits[:, 0] << 24) + bits[:, 1], "erasing")
+        noise = random.normal(random.mix(keys[sample] + (row << 32) + column), 3)  # (P, 3)
+        fill = noise * noise.new_tensor(self.std) + noise.new_tensor(self.mean)
+        out = images.clone()
+        out.permute(0, 2, 3, 1)[sample, row, column] = fill.to(out.dtype)
+        return out
 
 
 def _grey(images: Tensor) -> Tensor:
