@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vlx.data.order import permute, replacement
+from vlx.data.order import permute, repeated, replacement
 
 
 @pytest.mark.parametrize(
@@ -78,3 +78,39 @@ def test_a_replacement_is_a_function_of_its_arguments_and_in_range() -> None:
     assert min(drawn) >= 0
     assert max(drawn) < 50
     assert len(set(drawn)) > 30
+
+
+@pytest.mark.parametrize(("n", "repeats"), [(12, 3), (13, 3), (1000, 4), (5, 8), (1, 3)])
+def test_an_epoch_of_repeats_has_its_length_and_every_copy_once(n: int, repeats: int) -> None:
+    index, copy = repeated(np.arange(n), n, 0, 1, repeats)
+    assert len(index) == n
+    pairs = list(zip(index.tolist(), copy.tolist()))
+    assert len(set(pairs)) == n
+    samples, counts = np.unique(index, return_counts=True)
+    assert len(samples) == -(-n // repeats)
+    assert sorted(counts.tolist(), reverse=True)[:-1] == [repeats] * (len(samples) - 1)
+    for sample in samples:  # neighbours, numbered from 0
+        places = np.flatnonzero(index == sample)
+        np.testing.assert_array_equal(places, places[0] + np.arange(len(places)))
+        np.testing.assert_array_equal(copy[places], np.arange(len(places)))
+    np.testing.assert_array_equal(index[::repeats], permute(np.arange(len(samples)), n, 0, 1))
+
+
+def test_one_repeat_is_the_order_itself() -> None:
+    index, copy = repeated(np.arange(500), 500, 3, 2, 1)
+    np.testing.assert_array_equal(index, permute(np.arange(500), 500, 3, 2))
+    assert not copy.any()
+
+
+def test_a_repeated_position_does_not_depend_on_what_is_asked_with_it() -> None:
+    whole = repeated(np.arange(1000), 1000, 1, 2, 3)
+    for part in (np.array([7]), np.array([999, 3]), np.arange(500, 600)):
+        for mine, all_of_it in zip(repeated(part, 1000, 1, 2, 3), whole):
+            np.testing.assert_array_equal(mine, all_of_it[part])
+
+
+def test_repeats_show_every_sample_over_the_epochs() -> None:
+    n, repeats, epochs = 300, 3, 40
+    seen = [set(repeated(np.arange(n), n, 0, e, repeats)[0].tolist()) for e in range(epochs)]
+    assert seen[0] != seen[1]
+    assert set().union(*seen) == set(range(n))  # a sample is missed with probability (2/3)^40

@@ -121,6 +121,76 @@ def test_an_epoch_has_every_readable_sample_once(tmp_path: Path) -> None:
         assert sorted(ids.tolist()) == list(range(24))
 
 
+@pytest.mark.parametrize("resident", [Resident.never, Resident.always])
+def test_an_epoch_of_repeats_has_as_many_different_views_of_fewer_samples(
+    tmp_path: Path, resident: Resident
+) -> None:
+    line = pipeline(folder(tmp_path, resident=resident, repeats=3), 6)
+    assert line.steps_per_epoch == 4
+    epochs = []
+    for epoch in range(2):
+        batches = list(line.batches(4 * epoch, 4 * epoch + 4))
+        ids = torch.cat([batch["sample_id"] for batch in batches])
+        samples, counts = ids.unique(return_counts=True)
+        assert counts.tolist() == [3] * 8
+        images = torch.cat([batch["image"] for batch in batches])
+        assert len(images.flatten(1).unique(dim=0)) == 24  # no copy is like another
+        epochs.append(set(samples.tolist()))
+        for batch in batches:  # copies keep their label and lie in one global batch
+            assert len(batch["sample_id"].unique()) == 2
+            assert batch["label"].tolist() == [i // 8 for i in batch["sample_id"].tolist()]
+    assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("repeats", [2, 3, 5])
+def test_repeats_are_the_same_for_any_workers_start_and_residence(
+    with_damage: DataConfig, repeats: int
+) -> None:
+    cfg = replace(with_damage, repeats=repeats)
+    expected = list(pipeline(cfg).batches(0, 10))
+    assert_equal(list(pipeline(replace(cfg, workers=2)).batches(0, 10)), expected)
+    assert_equal(list(pipeline(replace(cfg, resident=Resident.always)).batches(0, 10)), expected)
+    for start in (1, 4, 7):
+        assert_equal(list(pipeline(cfg).batches(start, 10)), expected[start:])
+
+
+@pytest.mark.parametrize(("world", "accumulate"), [(2, 1), (1, 2), (3, 2)])
+def test_repeats_are_the_same_for_any_split_of_the_batch(
+    with_damage: DataConfig, world: int, accumulate: int
+) -> None:
+    cfg = replace(with_damage, repeats=3)
+    expected = list(pipeline(cfg, 12).batches(0, 4))
+    parts = [
+        list(pipeline(cfg, 12, rank=r, world=world, accumulate=accumulate).batches(0, 4))
+        for r in range(world)
+    ]
+    for step, whole in enumerate(expected):
+        pieces = [
+            parts[r][step * accumulate + micro] for micro in range(accumulate) for r in range(world)
+        ]
+        for key, value in whole.items():
+            assert torch.equal(torch.cat([piece[key] for piece in pieces]), value), key
+
+
+def test_without_repeats_a_view_is_drawn_from_seed_epoch_and_sample(tmp_path: Path) -> None:
+    """The keys of every run before there were repeats: those must resume as they were."""
+    from vlx.core import random
+    from vlx.data.views import make_views
+
+    line = pipeline(folder(tmp_path, repeats=1), 6)
+    assert line.residents is not None
+    for step, batch in enumerate(line.batches(0, 8)):
+        images, sizes, _ = line.residents.take(batch["sample_id"])
+        keys = random.key(batch["sample_id"], 7, step // 4)
+        views = make_views(images, sizes, keys, CROP_AND_FLIP.views, 16)
+        assert torch.equal(batch["image"], views["image"])
+
+
+def test_repeats_below_one_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.repeats=0 must be at least 1"):
+        pipeline(folder(tmp_path, repeats=0))
+
+
 def test_damaged_samples_are_replaced_counted_and_named(
     with_damage: DataConfig, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -36,6 +36,9 @@ class DataConfig:
     """Keep all images on the device: auto does where they have one size and fit."""
     resident_limit_mb: int = 2048
     """The most that `resident: auto` may take, in MiB."""
+    repeats: int = 1
+    """Times that a sample is augmented in an epoch, next to each other; the epoch keeps its length
+    and sees as many times fewer samples (Hoffer 2020). DeiT: 3."""
     workers: int = 2
     """Processes that read and decode, where the data is not resident; 0 reads in the main one."""
     corrupt_limit: float = 0.01

@@ -41,6 +41,19 @@ def permute(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     return x.astype(np.int64)
 
 
+def repeated(
+    positions: np.ndarray, n: int, seed: int, epoch: int, repeats: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sample indices and copy numbers 0..repeats-1 at `positions (K,)`, both int64.
+
+    Repeated augmentation (Hoffer 2020) as DeiT orders it: an epoch of n positions has `repeats`
+    copies of each of its first n / repeats samples, next to each other, so that a global batch
+    holds all copies of nearly all of its samples. 1 is `permute`.
+    """
+    sample, copy = np.divmod(np.asarray(positions).astype(np.int64), repeats)
+    return permute(sample, n, seed, epoch), copy
+
+
 def replacement(index: int, n: int, seed: int, epoch: int, attempt: int) -> int:
     """The sample that stands in for an unreadable one; the same on every machine."""
     with np.errstate(over="ignore"):

@@ -15,7 +15,7 @@ from vlx.core.errors import ConfigError, DataError, nearest
 from vlx.core.fields import Batch, Needs
 from vlx.data.config import DataConfig, Resident
 from vlx.data.host import BadSamples, Draw, HostBatch, HostDataset, read_batches
-from vlx.data.order import permute, replacement
+from vlx.data.order import repeated, replacement
 from vlx.data.source import Source
 from vlx.data.views import make_views
 
@@ -170,6 +170,8 @@ class TrainPipeline:
         device: torch.device,
     ) -> None:
         check_fields(source, needs)
+        if cfg.repeats < 1:
+            raise ConfigError(f"data.repeats={cfg.repeats} must be at least 1, which repeats none")
         self.source, self.needs, self.cfg = source, needs, cfg
         self.image_size, self.seed, self.share, self.device = image_size, seed, share, device
         self.steps_per_epoch = len(source) // share.batch_size
@@ -188,40 +190,55 @@ class TrainPipeline:
 
     def indices(self, step: int, micro_step: int) -> np.ndarray:
         """Sample indices of one micro-batch of this process."""
+        return self._order(step, micro_step)[0]
+
+    def _order(self, step: int, micro_step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Sample indices and copy numbers of one micro-batch of this process."""
         epoch, within = divmod(step, self.steps_per_epoch)
         start = within * self.share.batch_size + self.share.offset(micro_step)
         positions = np.arange(start, start + self.share.micro)
-        return permute(positions, len(self.source), self.seed, epoch)
+        return repeated(positions, len(self.source), self.seed, epoch, self.cfg.repeats)
+
+    def _plan(self, start_step: int, total_steps: int) -> Iterator[tuple[int, int]]:
+        for step in range(start_step, total_steps):
+            for micro in range(self.share.accumulate):
+                yield step, micro
 
     def batches(self, start_step: int, total_steps: int) -> Iterator[Batch]:
         """Micro-batches on the device, `accumulate` of them a step."""
-        plan = (
-            (step, micro)
-            for step in range(start_step, total_steps)
-            for micro in range(self.share.accumulate)
-        )
+        plan = self._plan(start_step, total_steps)
         if self.residents is not None:
             for step, micro in plan:
                 yield self._resident_batch(self.residents, step, micro)
             return
         draws = (Draw(self.indices(s, m), s // self.steps_per_epoch) for s, m in plan)
         pin = self.device.type == "cuda"
-        for host in read_batches(self.source, self.cfg, self.seed, draws, pin):
+        hosts = read_batches(self.source, self.cfg, self.seed, draws, pin)
+        # A second walk through the plan: workers run ahead of it in the first.
+        for host, (step, micro) in zip(hosts, self._plan(start_step, total_steps)):
             for line in self.bad.add(host.bad):
                 log.warning(line)
-            yield self._views(*_to_device(host, self.device), host.epoch or 0)
+            images, sizes, ids, labels = _to_device(host, self.device)
+            yield self._views(images, sizes, ids, labels, self._keys(ids, step, micro))
 
     def _resident_batch(self, residents: Residents, step: int, micro: int) -> Batch:
         epoch = step // self.steps_per_epoch
         indices = residents.resolve(self.indices(step, micro), self.seed, epoch)
         ids = torch.from_numpy(indices).to(self.device)
         images, sizes, labels = residents.take(ids)
-        return self._views(images, sizes, ids, labels, epoch)
+        return self._views(images, sizes, ids, labels, self._keys(ids, step, micro))
+
+    def _keys(self, ids: Tensor, step: int, micro_step: int) -> Tensor:
+        """(B,) what each sample's augmentation is drawn from: seed, epoch, sample and copy."""
+        keys = random.key(ids, self.seed, step // self.steps_per_epoch)
+        if self.cfg.repeats == 1:
+            return keys
+        copies = torch.from_numpy(self._order(step, micro_step)[1])
+        return random.mix(keys + copies.to(ids.device))
 
     def _views(
-        self, images: Tensor, sizes: Tensor, ids: Tensor, labels: Tensor | None, epoch: int
+        self, images: Tensor, sizes: Tensor, ids: Tensor, labels: Tensor | None, keys: Tensor
     ) -> Batch:
-        keys = random.key(ids, self.seed, epoch)
         batch = make_views(images, sizes, keys, self.needs.views, self.image_size)
         batch["sample_id"] = ids
         if labels is not None and any(f.name == "label" for f in self.needs.fields):
