@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
@@ -58,6 +59,13 @@ class StepContext:
         """`(B, count)` of N(0, 1), drawn as `uniform` draws."""
         return random.normal(self._keys(like, stream), count)
 
+    def cpu_generator(self, stream: str) -> torch.Generator:
+        """For the few numbers that a whole batch shares (the lambda of mixup): seeded from (seed,
+        step, process and micro-batch, stream), on the CPU, so that drawing waits for no device."""
+        salt = zlib.crc32(stream.encode())
+        seed = random.step_seed(self.seed, self.step, self.sample_offset, salt)
+        return torch.Generator("cpu").manual_seed(seed)
+
     def _keys(self, like: Tensor, stream: str) -> Tensor:
         rows = torch.arange(like.shape[0], device=like.device) + self.sample_offset
         return random.key(rows, self.seed, self.step, stream)
@@ -97,9 +105,12 @@ class Builder(Protocol):
         role: str = "encoder",
         *,
         init: Callable[[Any], None] | None = None,
+        num_classes: int = 0,
         **architecture: Any,
     ) -> Any:
         """A `VisionEncoder`; keywords fix what the paper fixes (position embedding, ...).
+
+        num_classes: with a head for so many classes; 0 for none.
 
         init: the paper's initialisation, applied to the encoder before any checkpoint is loaded.
         """
@@ -130,6 +141,9 @@ class Trainable(Method):
 
     couples_batch: ClassVar[bool] = False
     """True when a loss term compares samples: plain gradient accumulation is then refused."""
+    shards: ClassVar[bool] = True
+    """False when the step goes around the forward of its transformer blocks (hooks inside them):
+    FSDP, which gathers weights there, is then refused."""
 
     def step(self, batch: Batch, ctx: StepContext) -> StepOutput:
         """Losses of one batch; called through DDP, so everything trained must be used here."""
@@ -156,6 +170,20 @@ class Trainable(Method):
             if trained and part is not self and isinstance(part, Layered):
                 found |= {f"{name}.{prefix}": d for prefix, d in part.layer_depths().items()}
         return found
+
+    def transformer_blocks(self) -> list[nn.Module]:
+        """Members of every list called `blocks`: what is sharded piece by piece."""
+        return [
+            block
+            for name, part in self.named_modules()
+            if name.rsplit(".", 1)[-1] == "blocks"
+            and isinstance(part, nn.Sequential | nn.ModuleList)
+            for block in part
+        ]
+
+    def compiled_parts(self) -> list[nn.Module]:
+        """What `train.compile` compiles, piece by piece."""
+        return self.transformer_blocks()
 
     def begin_epoch(self, ctx: StepContext) -> None:
         """Called before the first step of an epoch, and not again by a resume in its middle: what

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from vlx.blocks.vit_block import BlockHook, TokenReducer, UnsupportedBlock
 from vlx.core.capability import ImageFeatures
+from vlx.ops.token_state import TokenState
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class EncoderOut:
     """(B, P, D) class and register tokens."""
     layers: dict[int, Tensor] = field(default_factory=dict)
     """Block number (1 = first) to its output (B, P + N, D), before the final norm."""
+    state: TokenState | None = None
+    """The final tokens with their bookkeeping, after the final norm; only where a hook ran."""
 
 
 class VisionEncoder(nn.Module):
@@ -92,23 +96,40 @@ class VisionEncoder(nn.Module):
         keep: Tensor | None = None,
         layers: Sequence[int] = (),
         normalised: bool = False,
+        hook: BlockHook | None = None,
     ) -> EncoderOut:
         """images: (B, 3, H, W), 0..1 unless `normalised`. keep: (B, K) indices of visible patches.
 
-        layers: block numbers (1 = first) whose outputs to return.
+        layers: block numbers (1 = first) whose outputs to return. hook: acts inside the blocks; a
+        reducer leaves fewer tokens in the result.
         """
+        raise NotImplementedError
+
+    def check_hooks(self) -> None:
+        """Raise `UnsupportedBlock` unless hooks can act inside this model."""
+        raise UnsupportedBlock(
+            f"{type(self).__name__} has no blocks that hooks can act in: use a plain ViT, e.g. "
+            "encoder.name=deit_small_patch16_224"
+        )
+
+    def classify(self, out: EncoderOut) -> Tensor:
+        """Class logits (B, C) of an output, by the model's own pooling and head."""
         raise NotImplementedError
 
 
 class EncoderFeatures(ImageFeatures):
     """Features of an encoder: the mean of its final patch tokens (class token excluded)."""
 
-    def __init__(self, encoder: VisionEncoder) -> None:
-        self.encoder = encoder
+    def __init__(self, encoder: VisionEncoder, reducer: TokenReducer | None = None) -> None:
+        self.encoder, self.reducer = encoder, reducer
 
     def image_features(self, images: Tensor) -> Tensor:
-        return self.encoder(images).tokens.mean(dim=1)
+        return self.encoder(images, hook=self.reducer).tokens.mean(dim=1)
 
     def patch_features(self, images: Tensor) -> Tensor:
-        tokens = self.encoder(images).tokens  # (B, N, D)
+        out = self.encoder(images, hook=self.reducer)
+        tokens = out.tokens  # (B, N, D)
+        if self.reducer is not None:
+            assert out.state is not None
+            tokens = self.reducer.expand(out.state, out.state.x)
         return tokens.transpose(1, 2).unflatten(2, self.encoder.spec.grid)

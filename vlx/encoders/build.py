@@ -38,9 +38,12 @@ class EncoderBuilder:
         role: str = "encoder",
         *,
         init: Callable[[VisionEncoder], None] | None = None,
+        num_classes: int = 0,
         **architecture: Any,
     ) -> VisionEncoder:
         """The encoder of a role; keywords (`pos_embed="sincos"`) fix what the paper fixes.
+
+        num_classes: with a head for so many classes, for `classify`; 0 for none.
 
         init: the paper's initialisation, applied before any published or saved weights are loaded.
         """
@@ -52,7 +55,9 @@ class EncoderBuilder:
         if "pos_embed" in architecture:
             architecture["pos_embed"] = PosEmbed(architecture["pos_embed"])
         cfg = replace(cfg, **architecture)
-        encoder = ConvMae(cfg) if is_conv_mae(cfg.name) else TimmVit(cfg)
+        if num_classes and is_conv_mae(cfg.name):
+            raise ConfigError(f"{role}.name={cfg.name} has no classifier; use a timm ViT")
+        encoder = ConvMae(cfg) if is_conv_mae(cfg.name) else TimmVit(cfg, num_classes)
         if init is not None:
             init(encoder)
         if self.load_weights and role != "encoder" and not (cfg.pretrained or cfg.checkpoint):

@@ -93,6 +93,7 @@ def load_encoder(
     state = encoder_state(read_weights(path), set(own))
     if grid is not None:
         _fit_positions(own, state, grid, prefix)
+    _fit_head(own, state, path)
     missing = sorted(own.keys() - state.keys())
     unexpected = sorted(state.keys() - own.keys())
     reshaped = [
@@ -105,6 +106,23 @@ def load_encoder(
         report = "; ".join(f"{len(k)} {what}: {', '.join(k[:3])}" for what, k in parts if k)
         raise CheckpointError(f"{path} does not fit the encoder, nothing was loaded. {report}")
     encoder.load_state_dict(state)
+
+
+def _fit_head(own: dict[str, Tensor], state: dict[str, Tensor], path: str | Path) -> None:
+    """Keep the model's own new head where the file has none, or one of other classes."""
+    head = own.get("head.weight")
+    if head is None:
+        return
+    saved = state.get("head.weight")
+    if saved is not None and saved.shape == head.shape:
+        return
+    if saved is None:
+        log.info(f"{path} has no classifier: the head is new")
+    else:
+        log.warning(
+            f"{path} classifies {len(saved)} classes and the data has {len(head)}: the head is new"
+        )
+    state |= {name: value for name, value in own.items() if name.startswith("head.")}
 
 
 def _fit_positions(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import timm
@@ -10,20 +11,26 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from vlx.blocks.vit_block import BlockHook, TokenReducer, check_blocks, run_blocks
 from vlx.core.errors import ConfigError, nearest
 from vlx.encoders.base import EncoderOut, EncoderSpec, VisionEncoder
 from vlx.encoders.config import EncoderConfig, PosEmbed
 from vlx.ops.patches import patchify
 from vlx.ops.posembed import sincos_2d
+from vlx.ops.token_state import start
 from vlx.ops.tokens import gather_tokens
 
 
 class TimmVit(VisionEncoder):
-    """`vit` is timm's module, without its head; its parameter names are the official ones."""
+    """`vit` is timm's module; its parameter names are the official ones.
 
-    def __init__(self, cfg: EncoderConfig) -> None:
+    num_classes: 0 leaves out the head and normalises every token; otherwise pooling, norms and
+    head are the model's own, for `classify`.
+    """
+
+    def __init__(self, cfg: EncoderConfig, num_classes: int = 0) -> None:
         super().__init__()
-        self.vit = _create(cfg)
+        self.vit = _create(cfg, num_classes)
         patch = self.vit.patch_embed.patch_size[0]
         first = self.vit.blocks[0].attn
         self.spec = EncoderSpec(
@@ -98,8 +105,11 @@ class TimmVit(VisionEncoder):
         keep: Tensor | None = None,
         layers: Sequence[int] = (),
         normalised: bool = False,
+        hook: BlockHook | None = None,
     ) -> EncoderOut:
         x = self.embed(images if normalised else self.normalise(images), keep)
+        if hook is not None:
+            return self._hooked(x, hook, layers)
         taps: dict[int, Tensor] = {}
         for number, block in enumerate(self.vit.blocks, start=1):
             x = block(x)
@@ -109,8 +119,30 @@ class TimmVit(VisionEncoder):
         count = self.spec.num_prefix
         return EncoderOut(tokens=x[:, count:], prefix=x[:, :count], layers=taps)
 
+    def _hooked(self, x: Tensor, hook: BlockHook, layers: Sequence[int]) -> EncoderOut:
+        count = self.spec.num_prefix
+        plan = None
+        if isinstance(hook, TokenReducer):
+            plan = hook.plan(x.shape[1] - count, count, self.spec.depth)
+        state, taps = run_blocks(self.vit.blocks, start(x, count), hook, plan=plan, layers=layers)
+        x = self.vit.norm(state.x)
+        return EncoderOut(x[:, count:], x[:, :count], taps, state=replace(state, x=x))
 
-def create_arguments(cfg: EncoderConfig) -> dict[str, Any]:
+    def check_hooks(self) -> None:
+        check_blocks(self.vit.blocks, type(self.vit).__name__)
+
+    def classify(self, out: EncoderOut) -> Tensor:
+        """timm's own pooling, norm and head; a mean over patches counts a merged token as many."""
+        sizes = None if out.state is None else out.state.size
+        if self.vit.global_pool != "avg" or sizes is None:
+            return self.vit.forward_head(torch.cat([out.prefix, out.tokens], dim=1))
+        weights = sizes[:, self.spec.num_prefix :]
+        weights = weights / weights.sum(1, keepdim=True)
+        pooled = (out.tokens * weights.unsqueeze(-1)).sum(1)
+        return self.vit.head(self.vit.head_drop(self.vit.fc_norm(pooled)))
+
+
+def create_arguments(cfg: EncoderConfig, num_classes: int = 0) -> dict[str, Any]:
     """What `timm.create_model(cfg.name, ...)` needs to build this encoder's backbone."""
     sizes: dict[str, Any] = {
         "img_size": cfg.image_size,
@@ -120,6 +152,8 @@ def create_arguments(cfg: EncoderConfig) -> dict[str, Any]:
         "num_heads": cfg.heads,
     }
     sizes = {key: value for key, value in sizes.items() if value is not None}
+    if num_classes:
+        return {"num_classes": num_classes, **sizes}
     return {"num_classes": 0, "global_pool": "token", **sizes}
 
 
@@ -132,7 +166,8 @@ def load_published(encoder: VisionEncoder, cfg: EncoderConfig) -> None:
     if not isinstance(encoder, TimmVit):
         raise ConfigError(f"encoder.pretrained: timm publishes no weights of {cfg.name}")
     check_statistics(cfg)
-    loaded = timm.create_model(cfg.name, pretrained=True, **create_arguments(cfg))
+    arguments = create_arguments(cfg, encoder.vit.num_classes)
+    loaded = timm.create_model(cfg.name, pretrained=True, **arguments)
     encoder.vit.load_state_dict(loaded.state_dict())
 
 
@@ -149,11 +184,11 @@ def check_statistics(cfg: EncoderConfig) -> None:
             )
 
 
-def _create(cfg: EncoderConfig) -> VisionTransformer:
+def _create(cfg: EncoderConfig, num_classes: int) -> VisionTransformer:
     if not timm.is_model(cfg.name):
         known = timm.list_models("*vit*")
         raise ConfigError(f"encoder.name: no timm model '{cfg.name}'. {nearest(cfg.name, known)}")
-    arguments = create_arguments(cfg)
+    arguments = create_arguments(cfg, num_classes)
     try:
         model = timm.create_model(cfg.name, drop_path_rate=cfg.drop_path, **arguments)
     except (TypeError, AssertionError, RuntimeError) as error:

@@ -74,14 +74,19 @@ class Parallel:
         method.to(self.device)
         module: nn.Module = StepModule(method)
         if compile_blocks:
-            for block in transformer_blocks(method):
-                block.compile()
+            for part in method.compiled_parts():
+                part.compile()
         if self.world > 1 and self.strategy is Strategy.fsdp:
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
             mesh = init_device_mesh(self.device.type, (self.world,))
-            for block in transformer_blocks(method):
+            if not method.shards:
+                raise ConfigError(
+                    "launcher.strategy=fsdp: this method acts inside its blocks, where FSDP cannot "
+                    "gather weights. Use launcher.strategy=ddp"
+                )
+            for block in method.transformer_blocks():
                 fully_shard(block, mesh=mesh)
             fully_shard(module, mesh=mesh)  # in place
             register_fsdp_forward_method(module, "call")
@@ -182,13 +187,3 @@ def set_threads(threads: int | None, local_processes: int) -> None:
         threads = max(1, len(os.sched_getaffinity(0)) // local_processes)
     if threads is not None:
         torch.set_num_threads(threads)
-
-
-def transformer_blocks(module: nn.Module) -> list[nn.Module]:
-    """Members of every list called `blocks`: what is compiled and sharded piece by piece."""
-    return [
-        block
-        for name, part in module.named_modules()
-        if name.rsplit(".", 1)[-1] == "blocks" and isinstance(part, (nn.Sequential, nn.ModuleList))
-        for block in part
-    ]
