@@ -16,9 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vlx.config.compose import to_yaml
 from vlx.core import registry
-from vlx.core.capability import ImageFeatures
+from vlx.core.capability import ImageFeatures, ReducedTokens
 from vlx.core.fields import Batch, Needs
-from vlx.core.method import StepContext, Trainable
+from vlx.core.method import Method, StepContext, Trainable
 from vlx.data.open import open_source
 from vlx.encoders.build import EncoderBuilder
 from vlx.engine.config import Optimizer, RunConfig
@@ -43,6 +43,8 @@ class DryRun:
     """Tensors that one sample's forward keeps for the backward pass."""
     tokens: dict[str, list[int]] = field(default_factory=dict)
     """Tokens that each block of every list of blocks runs on, in the order they ran."""
+    reduced_gmacs: float | None = None
+    """Of one image with reduced tokens, for methods that reduce them; then `tokens` are these."""
 
 
 def measure(cfg: RunConfig, num_classes: int = 1000) -> DryRun:
@@ -52,6 +54,9 @@ def measure(cfg: RunConfig, num_classes: int = 1000) -> DryRun:
     roles = {"encoder": cfg.encoder, "teacher": cfg.teacher}
     with torch.device("meta"):
         method = cls(cfg.method, EncoderBuilder(roles, num_classes, load_weights=False))
+        # Before the step: schedules of training may start from all tokens.
+        reduced = _reduced(method, cfg.encoder.image_size)
+        method.train()
         batch = meta_batch(cls.needs(cfg.method), cfg.encoder.image_size, _COUNTED_BATCH)
         ctx = StepContext(step=0, total_steps=1, steps_per_epoch=1, seed=0)
         saved: dict[int, Tensor] = {}  # by storage: several operations may keep the same one
@@ -74,8 +79,20 @@ def measure(cfg: RunConfig, num_classes: int = 1000) -> DryRun:
         gmacs=flops.get_total_flops() / 2 / _COUNTED_BATCH / 1e9,
         activation_bytes=sum(t.untyped_storage().nbytes() for t in saved.values())
         // _COUNTED_BATCH,
-        tokens=tokens,
+        tokens=reduced[1] if reduced else tokens,
+        reduced_gmacs=reduced[0] if reduced else None,
     )
+
+
+def _reduced(method: Method, size: int) -> tuple[float, dict[str, list[int]]] | None:
+    """GMACs and tokens by layer of one image, where the method reduces tokens; on meta."""
+    found = [part for part in method.exports() if isinstance(part, ReducedTokens)]
+    if not found:
+        return None
+    method.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as flops:
+        found[0].reduced(torch.empty(1, 3, size, size))
+    return flops.get_total_flops() / 2e9, found[0].token_counts()
 
 
 def measure_evaluation(cfg: RunConfig) -> DryRun:
@@ -127,6 +144,8 @@ def print_dry_run(config: dict[str, Any], console: Console) -> None:
     table.add_row("", f"{report.trainable_params:,} trainable")
     what = "of one image" if evaluation else "of one sample's training forward"
     table.add_row("GMACs", f"{report.gmacs:.3f} {what}")
+    if report.reduced_gmacs is not None:
+        table.add_row("", f"{report.reduced_gmacs:.3f} of one image, tokens reduced")
     for where, counts in report.tokens.items():
         table.add_row(f"tokens in {where}", _counts(counts))
     if not evaluation:

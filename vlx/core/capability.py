@@ -31,3 +31,41 @@ class Reconstruction(Capability):
     @abstractmethod
     def reconstruct(self, images: Tensor, ctx: StepContext) -> tuple[Tensor, Tensor]:
         """images: (B, 3, H, W) in 0..1. Returns (what the model saw, its reconstruction), alike."""
+
+
+class ClassLogits(Capability):
+    """Classifies images among the classes of the data."""
+
+    @abstractmethod
+    def class_logits(self, images: Tensor) -> Tensor:
+        """images: (B, 3, H, W), RGB in 0..1. Returns (B, C)."""
+
+
+class ReducedTokens(Capability):
+    """A model that runs on fewer tokens than a plain one, for measurements side by side."""
+
+    image_size: int
+    """Side of the images that it takes, in pixels."""
+    trained_plain: bool
+    """True when `plain` is this model itself without reduction, so that its accuracy means
+    something; False for a reference model of the same size with weights of its own."""
+
+    @abstractmethod
+    def reduced(self, images: Tensor) -> Tensor:
+        """images: (B, 3, H, W), RGB in 0..1. Returns what the model computes, e.g. (B, C)."""
+
+    @abstractmethod
+    def plain(self, images: Tensor) -> Tensor:
+        """The same without reduction."""
+
+    @abstractmethod
+    def token_counts(self) -> dict[str, list[int]]:
+        """Tokens, prefix included, by layer: what attention and what the MLP runs on."""
+
+    @abstractmethod
+    def groups(self, images: Tensor) -> list[tuple[str, Tensor]]:
+        """What became of the patches, for pictures.
+
+        Returns (title, (B, P) int64) of chosen layers: patches of one token share a number, -1 is
+        a patch that no token of its own carries any more.
+        """

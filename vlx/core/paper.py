@@ -27,6 +27,9 @@ class Paper:
     trainable_params: int | None = None
     """Trainable parameters of the `paper` preset, as published."""
     gmacs: float | None = None
-    """Multiply-accumulates of one training forward of one sample, in 1e9."""
+    """Multiply-accumulates of one training forward of one sample, in 1e9; for a method that reduces
+    tokens, of one image at inference."""
+    sweep: tuple[str, ...] = ()
+    """Overrides with several values each, the paper's own rates: what `--sweep` runs."""
     waive: tuple[tuple[str, str], ...] = ()
     """(contract check, reason): the only place for an exception."""

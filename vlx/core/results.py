@@ -10,7 +10,8 @@ from typing import Any
 from vlx.core.errors import VlxError
 from vlx.core.files import write_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_READABLE = (1, 2)  # 2 adds `counts`
 FILE_NAME = "results.json"
 
 
@@ -58,6 +59,8 @@ class Results:
     finished: str
     pictures: list[str] = field(default_factory=list)
     """Paths relative to the run directory."""
+    counts: dict[str, list[int]] = field(default_factory=dict)
+    """`<evaluator>/<what>` by layer, e.g. tokens/tokens-in-mlp."""
 
     def write(self, run_dir: Path) -> Path:
         """Write `results.json` of a run directory atomically."""
@@ -78,7 +81,7 @@ def read_results(run_dir: Path) -> Results:
     path = run_dir / FILE_NAME
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        if raw.get("schema_version") != SCHEMA_VERSION:
+        if raw.get("schema_version") not in _READABLE:
             raise VlxError(
                 f"{path}: schema version {raw.get('schema_version')} is not {SCHEMA_VERSION}"
             )

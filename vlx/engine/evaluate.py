@@ -25,6 +25,8 @@ class Outcome:
 
     metrics: list[Metric]
     pictures: list[Path]
+    counts: dict[str, list[int]]
+    """`<evaluator>/<what>` by layer."""
 
 
 def run_evaluators(
@@ -43,6 +45,7 @@ def run_evaluators(
     """
     metrics: list[Metric] = []
     pictures: list[Path] = []
+    counts: dict[str, list[int]] = {}
     for name in names:
         chosen = evaluator(name)
         lacking = [kind.__name__ for kind in chosen.requires if not subject.has(kind)]
@@ -58,7 +61,7 @@ def run_evaluators(
             Metric(
                 name=f"{name}/{key}",
                 value=value,
-                unit=found.unit,
+                unit=found.units.get(key, found.unit),
                 split=found.split,
                 num_samples=found.num_samples,
                 protocol=f"{chosen.name}@{chosen.version}",
@@ -66,9 +69,10 @@ def run_evaluators(
             )
             for key, value in found.metrics.items()
         ]
+        counts |= {f"{name}/{key}": value for key, value in found.lists.items()}
         if pictures_dir is not None and main:
             pictures += _save_pictures(found.pictures, pictures_dir, weights)
-    return Outcome(metrics, pictures)
+    return Outcome(metrics, pictures, counts)
 
 
 def _save_pictures(pictures: dict[str, Image.Image], folder: Path, weights: str) -> list[Path]:

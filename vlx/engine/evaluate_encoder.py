@@ -128,6 +128,7 @@ def _results(run_dir: Path, cfg: RunConfig, record: rundir.RunRecord, outcome: O
         epochs=0.0,
         final_losses={},
         metrics=outcome.metrics,
+        counts=outcome.counts,
         bad_samples=0,
         hardware={},
         versions=record.versions,

@@ -255,14 +255,20 @@ class Run:
         if not self.parallel.is_main:
             return
         metrics = [*untrained, *outcome.metrics]
-        self._write_results(trainer, metrics, checkpoint.weights_checksum(weights))
+        self._write_results(trainer, metrics, outcome.counts, checkpoint.weights_checksum(weights))
         self.track.log(step, {f"eval/{m.name}": m.value for m in outcome.metrics})
         for picture in outcome.pictures:
             self.track.picture(step, f"pictures/{picture.stem}", picture)
         rows = [[m.name, m.weights, m.value, m.split, m.protocol] for m in metrics]
         self.track.table(step, "results", ["metric", "weights", "value", "split", "protocol"], rows)
 
-    def _write_results(self, trainer: Trainer, metrics: list[Metric], checksum: str) -> None:
+    def _write_results(
+        self,
+        trainer: Trainer,
+        metrics: list[Metric],
+        counts: dict[str, list[int]],
+        checksum: str,
+    ) -> None:
         cfg, pipeline = self.cfg, trainer.pipeline
         device = self.parallel.device
         if device.type == "cuda":
@@ -283,6 +289,7 @@ class Run:
             epochs=trainer.progress.step / pipeline.steps_per_epoch,
             final_losses=trainer.progress.losses,
             metrics=metrics,
+            counts=counts,
             bad_samples=len(pipeline.bad.reasons),
             hardware=hardware(str(device), self.parallel.world),
             versions=self.record.versions,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol, TypeVar
 
 import torch
@@ -10,10 +11,12 @@ from PIL import Image
 
 from vlx.core.capability import Capability, ImageFeatures
 from vlx.core.errors import VlxError
+from vlx.core.fields import Batch
 from vlx.data.config import DataConfig
 from vlx.data.open import open_source
 from vlx.data.pipeline import EvalPipeline
 from vlx.data.source import Source
+from vlx.data.subset import evenly
 from vlx.data.views import evaluation_view
 from vlx.evals.config import EvalConfig
 from vlx.evals.features import Features, extract
@@ -84,6 +87,19 @@ class EvalData:
             )
         return self._pipelines[split]
 
+    def sample(self, split: str, count: int) -> Iterator[Batch]:
+        """At most `count` samples spread evenly over a split, the same on every process."""
+        pipeline = EvalPipeline(
+            evenly(self.source(split), count),
+            evaluation_view(self.cfg.crop_ratio),
+            # Unreadable samples are counted by who reads the whole split, not by a picture.
+            cfg=replace(self.data, corrupt_limit=1.0),
+            image_size=self.image_size,
+            batch_size=self.cfg.batch_size,
+            device=self.device,
+        )
+        yield from (batch for batch in pipeline.batches() if len(batch["sample_id"]))
+
     def features(self, subject: Subject, split: str) -> Features:
         """Features and labels of a split, extracted once for a subject."""
         if split not in subject.features:
@@ -97,6 +113,10 @@ class Evaluation:
 
     metrics: dict[str, float] = field(default_factory=dict)
     unit: str = "share"
+    units: dict[str, str] = field(default_factory=dict)
+    """Of metrics whose unit is another."""
+    lists: dict[str, list[int]] = field(default_factory=dict)
+    """Counts by layer."""
     split: str = ""
     num_samples: int = 0
     pictures: dict[str, Image.Image] = field(default_factory=dict)

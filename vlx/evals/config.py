@@ -19,3 +19,5 @@ class EvalConfig:
     """Images at a time."""
     crop_ratio: float = 1.0
     """Side of the central square taken, as a share of the short side. ImageNet practice: 0.875."""
+    speed_batches: list[int] = field(default_factory=lambda: [32])
+    """Batch sizes at which `tokens` measures images/s; [] measures none."""

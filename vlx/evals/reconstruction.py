@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from vlx.core.capability import ImageFeatures, Reconstruction
-from vlx.core.fields import Batch
 from vlx.core.method import StepContext
-from vlx.data.pipeline import EvalPipeline
-from vlx.data.subset import evenly
-from vlx.data.views import evaluation_view
 from vlx.evals.base import EvalData, Evaluation, Subject
 from vlx.evals.pictures import grid, to_picture
 
@@ -35,7 +28,7 @@ class ReconstructionGrid:
 
     @torch.no_grad()
     def run(self, subject: Subject, data: EvalData) -> Evaluation:
-        chosen = torch.cat([batch["image"] for batch in _batches(data, "test", _ROWS)])
+        chosen = torch.cat([batch["image"] for batch in data.sample("test", _ROWS)])
         ctx = StepContext(step=0, total_steps=1, steps_per_epoch=1, seed=_MASK_SEED)
         seen, painted = subject.get(Reconstruction).reconstruct(chosen, ctx)
         rows = [[to_picture(x) for x in row] for row in zip(chosen, seen, painted)]
@@ -55,27 +48,13 @@ class ReconstructionGrid:
         )
 
 
-def _batches(data: EvalData, split: str, count: int) -> Iterator[Batch]:
-    """At most `count` samples of a split, the same on every process."""
-    pipeline = EvalPipeline(
-        evenly(data.source(split), count),
-        evaluation_view(data.cfg.crop_ratio),
-        # Unreadable samples are counted by who reads the whole split, not by a picture of eight.
-        cfg=replace(data.data, corrupt_limit=1.0),
-        image_size=data.image_size,
-        batch_size=data.cfg.batch_size,
-        device=data.device,
-    )
-    yield from (batch for batch in pipeline.batches() if len(batch["sample_id"]))
-
-
 def _neighbours(subject: Subject, data: EvalData, queries: Tensor) -> list[Tensor]:
     """The training images (of 20,000 at most) nearest to each query by cosine."""
     encoder = subject.get(ImageFeatures)
     query = normalize(encoder.image_features(queries), dim=1)
     best = torch.full((len(queries), 0), 0.0, device=query.device)
     pool = torch.zeros(len(queries), 0, *queries.shape[1:], device=query.device)
-    for batch in _batches(data, "train", _POOL):
+    for batch in data.sample("train", _POOL):
         similarity = query @ normalize(encoder.image_features(batch["image"]), dim=1).T
         top, index = similarity.topk(min(_NEIGHBOURS, similarity.shape[1]), dim=1)
         best, pool = torch.cat([best, top], 1), torch.cat([pool, batch["image"][index]], 1)

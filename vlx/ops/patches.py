@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
 
@@ -28,3 +31,22 @@ def upsample_mask(mask: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
     """A patch mask `(B, h*w)` as pixels, `(B, 1, h*patch, w*patch)`."""
     pixels = mask.reshape(mask.shape[0], 1, *grid)
     return pixels.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+
+
+def paint_groups(image: Tensor, groups: Tensor) -> Tensor:
+    """A picture of what became of an image's patches.
+
+    image: (3, H, W) in 0..1, square; groups: (P,) int64, a number per patch. Patches that share a
+    number get their common mean colour, a patch with a number of its own stays, -1 is darkened.
+    """
+    side = math.isqrt(len(groups))
+    patch = image.shape[-1] // side
+    pixels = patchify(image[None], patch)[0]  # (P, p*p*3)
+    colours = pixels.view(len(groups), -1, 3).mean(1)  # (P, 3)
+    members = (groups[:, None] == groups[None]).to(colours.dtype)  # (P, P)
+    shared = (members @ colours) / members.sum(1, keepdim=True)
+    flat = shared.repeat(1, patch * patch)
+    alone = members.sum(1, keepdim=True) == 1
+    painted = torch.where(alone, pixels, flat)
+    painted = torch.where(groups[:, None] < 0, pixels * 0.25, painted)
+    return unpatchify(painted[None], patch, (side, side))[0]
