@@ -280,6 +280,15 @@ def test_erased_boxes_lie_inside_and_have_the_area_and_ratio_asked_for() -> None
     assert abs(ratio.log().mean()) < 0.05
 
 
+def test_the_ratio_of_an_erased_box_is_height_over_width() -> None:
+    op = RandomErasing(p=1.0, area=(0.02, 0.1), ratio=(2.0, 3.0))
+    sizes = torch.tensor([400, 400]).expand(200, 2)
+    _, _, height, width = op.boxes(sizes, uniforms(200, op.draws)).unbind(1)
+    ratio = height / width
+    assert ratio.min() > 2.0 - 0.05  # whole pixels
+    assert ratio.max() < 3.0 + 0.05
+
+
 def test_erased_boxes_are_distributed_as_timm_s() -> None:
     """Means of every number over many boxes, against timm's own loop."""
     from timm.data.random_erasing import RandomErasing as Theirs

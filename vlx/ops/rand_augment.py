@@ -52,7 +52,7 @@ class Strength(NamedTuple):
     def factor(self) -> Tensor:
         """(n,) 0.1..1.9; 1 leaves the image as it is."""
         if self.increasing:
-            return (1.0 + self.sign * self.level * 0.9 / _LARGEST).clamp(min=0.1)
+            return 1.0 + self.sign * self.level * 0.9 / _LARGEST
         return self.level * 1.8 / _LARGEST + 0.1
 
     def signed(self, top: float) -> Tensor:
@@ -287,7 +287,7 @@ class RandAugment:
 
     def __call__(self, images: Tensor, sizes: Tensor, u: Tensor, size: int) -> Tensor:
         operation, level, sign = self.parameters(u)
-        by_operation = operation.argsort(dim=0, stable=True)
+        by_operation = operation.argsort(dim=0)
         numbers = torch.arange(len(OPERATIONS), device=u.device)
         drawn = (operation[..., None] == numbers).sum(0)  # (num_ops, 15)
         images = images.clone()
