@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
@@ -106,11 +106,13 @@ class Builder(Protocol):
         *,
         init: Callable[[Any], None] | None = None,
         num_classes: int = 0,
+        arguments: Mapping[str, Any] | None = None,
         **architecture: Any,
     ) -> Any:
         """A `VisionEncoder`; keywords fix what the paper fixes (position embedding, ...).
 
-        num_classes: with a head for so many classes; 0 for none.
+        num_classes: with a head for so many classes; 0 for none. arguments: for the model's own
+        constructor, where it is not a plain ViT.
 
         init: the paper's initialisation, applied to the encoder before any checkpoint is loaded.
         """

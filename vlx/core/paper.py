@@ -29,6 +29,8 @@ class Paper:
     gmacs: float | None = None
     """Multiply-accumulates of one training forward of one sample, in 1e9; for a method that reduces
     tokens, of one image at inference."""
+    backbones: tuple[str, ...] = ()
+    """Names under which the module registers models with timm; `encoder.name` finds them."""
     sweep: tuple[str, ...] = ()
     """Overrides with several values each, the paper's own rates: what `--sweep` runs."""
     waive: tuple[tuple[str, str], ...] = ()

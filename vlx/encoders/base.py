@@ -49,6 +49,8 @@ class EncoderOut:
     """Block number (1 = first) to its output (B, P + N, D), before the final norm."""
     state: TokenState | None = None
     """The final tokens with their bookkeeping, after the final norm; only where a hook ran."""
+    features: Tensor | None = None
+    """What timm's `forward_features` returned, for `classify`; only of models that are no ViT."""
 
 
 class VisionEncoder(nn.Module):

@@ -12,7 +12,8 @@ from vlx.encoders.base import VisionEncoder
 from vlx.encoders.checkpoint import load_encoder
 from vlx.encoders.config import EncoderConfig, PosEmbed
 from vlx.encoders.conv_mae import ConvMae, is_conv_mae
-from vlx.encoders.timm_vit import TimmVit, load_published
+from vlx.encoders.timm_backbone import TimmBackbone
+from vlx.encoders.timm_vit import TimmVit, is_plain_vit, load_published
 
 log = logging.getLogger("vlx")
 
@@ -39,11 +40,13 @@ class EncoderBuilder:
         *,
         init: Callable[[VisionEncoder], None] | None = None,
         num_classes: int = 0,
+        arguments: Mapping[str, Any] | None = None,
         **architecture: Any,
     ) -> VisionEncoder:
         """The encoder of a role; keywords (`pos_embed="sincos"`) fix what the paper fixes.
 
-        num_classes: with a head for so many classes, for `classify`; 0 for none.
+        num_classes: with a head for so many classes, for `classify`; 0 for none. arguments: for
+        the model's own constructor, where it is not a plain ViT.
 
         init: the paper's initialisation, applied before any published or saved weights are loaded.
         """
@@ -57,7 +60,7 @@ class EncoderBuilder:
         cfg = replace(cfg, **architecture)
         if num_classes and is_conv_mae(cfg.name):
             raise ConfigError(f"{role}.name={cfg.name} has no classifier; use a timm ViT")
-        encoder = ConvMae(cfg) if is_conv_mae(cfg.name) else TimmVit(cfg, num_classes)
+        encoder = build_encoder(cfg, num_classes, arguments or {})
         if init is not None:
             init(encoder)
         if self.load_weights and role != "encoder" and not (cfg.pretrained or cfg.checkpoint):
@@ -71,3 +74,14 @@ class EncoderBuilder:
             prefix = encoder.spec.num_prefix
             load_encoder(encoder.backbone, cfg.checkpoint, grid=encoder.spec.grid, prefix=prefix)
         return encoder
+
+
+def build_encoder(
+    cfg: EncoderConfig, num_classes: int, arguments: Mapping[str, Any]
+) -> VisionEncoder:
+    """The kind of encoder that a name asks for: ConvMAE's, a plain ViT, any other model of timm."""
+    if is_conv_mae(cfg.name):
+        return ConvMae(cfg)
+    if is_plain_vit(cfg.name):
+        return TimmVit(cfg, num_classes)
+    return TimmBackbone(cfg, num_classes, **arguments)

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vlx.blocks.vit_block import BlockHook, TokenReducer, check_blocks, run_blocks
-from vlx.core.errors import ConfigError, nearest
+from vlx.core.errors import ConfigError
 from vlx.encoders.base import EncoderOut, EncoderSpec, VisionEncoder
 from vlx.encoders.config import EncoderConfig, PosEmbed
 from vlx.ops.patches import patchify
@@ -142,6 +142,14 @@ class TimmVit(VisionEncoder):
         return self.vit.head(self.vit.head_drop(self.vit.fc_norm(pooled)))
 
 
+_PLAIN_MODULES = ("timm.models.vision_transformer", "timm.models.deit")
+
+
+def is_plain_vit(name: str) -> bool:
+    """Whether timm's model of that name is a plain ViT."""
+    return timm.is_model(name) and timm.model_entrypoint(name).__module__ in _PLAIN_MODULES
+
+
 def create_arguments(cfg: EncoderConfig, num_classes: int = 0) -> dict[str, Any]:
     """What `timm.create_model(cfg.name, ...)` needs to build this encoder's backbone."""
     sizes: dict[str, Any] = {
@@ -185,9 +193,6 @@ def check_statistics(cfg: EncoderConfig) -> None:
 
 
 def _create(cfg: EncoderConfig, num_classes: int) -> VisionTransformer:
-    if not timm.is_model(cfg.name):
-        known = timm.list_models("*vit*")
-        raise ConfigError(f"encoder.name: no timm model '{cfg.name}'. {nearest(cfg.name, known)}")
     arguments = create_arguments(cfg, num_classes)
     try:
         model = timm.create_model(cfg.name, drop_path_rate=cfg.drop_path, **arguments)

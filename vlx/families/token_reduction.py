@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from vlx.blocks.vit_block import BlockHook, LayerTokens, Signal, Signals, TokenReducer
+from vlx.blocks.vit_block import BlockHook, Signal, Signals, TokenReducer
 from vlx.core.capability import Capability, ReducedTokens
 from vlx.core.config import ClassifierConfig
 from vlx.core.method import Builder
@@ -70,6 +70,40 @@ class Reduction(ReducedTokens):
         return [(f"layer {layer}", groups) for layer, groups in seen.groups]
 
 
+class AgainstReference(ReducedTokens):
+    """A backbone that runs on few tokens by its own design, beside a plain ViT of its size.
+
+    reference: builds that ViT, with the same head; its weights are its own, so costs are compared
+    and accuracies are not.
+    """
+
+    trained_plain = False
+
+    def __init__(
+        self,
+        encoder: VisionEncoder,
+        reference: Callable[[], VisionEncoder],
+        counts: dict[str, list[int]],
+    ) -> None:
+        self.encoder, self.counts, self.build_reference = encoder, counts, reference
+        self.image_size = encoder.spec.image_size
+        self._reference: VisionEncoder | None = None
+
+    def reduced(self, images: Tensor) -> Tensor:
+        return self.encoder.classify(self.encoder(images))
+
+    def plain(self, images: Tensor) -> Tensor:
+        if self._reference is None:
+            self._reference = self.build_reference().to(images.device).eval()
+        return self._reference.classify(self._reference(images))
+
+    def token_counts(self) -> dict[str, list[int]]:
+        return self.counts
+
+    def groups(self, images: Tensor) -> list[tuple[str, Tensor]]:
+        return []
+
+
 class _Recorder(BlockHook):
     """A hook watched: the patches' groups after each layer in which the tokens became fewer."""
 
@@ -96,13 +130,3 @@ class _Recorder(BlockHook):
         if state.x.shape[1] < self._tokens:
             self.groups.append((layer + 1, state.owner.where(state.kept, -1)))
         return state
-
-
-def unchanged_plan(num_patches: int, num_prefix: int, depth: int) -> list[LayerTokens]:
-    """The plan of a plain ViT."""
-    return [LayerTokens(num_patches + num_prefix, num_patches + num_prefix)] * depth
-
-
-def spread_over(values: Any, depth: int) -> list[Any]:
-    """One value for every layer, or the list of them."""
-    return list(values) if isinstance(values, list) else [values] * depth

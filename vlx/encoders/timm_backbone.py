@@ -1,0 +1,124 @@
+"""Any model of timm's registry as a `VisionEncoder`: what is not a plain ViT."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from vlx.blocks.vit_block import BlockHook
+from vlx.core import registry
+from vlx.core.errors import ConfigError, nearest
+from vlx.encoders.base import EncoderOut, EncoderSpec, VisionEncoder
+from vlx.encoders.config import EncoderConfig
+
+
+def register_backbones(name: str) -> None:
+    """Import the method whose paper registers the model `name` with timm, where there is one."""
+    for paper in registry.papers().values():
+        if name in paper.backbones:
+            registry.load(paper.slug)
+
+
+def known_models() -> list[str]:
+    """Names that `encoder.name` may have: timm's and those of papers."""
+    own = [name for paper in registry.papers().values() for name in paper.backbones]
+    return [*timm.list_models(), *own]
+
+
+class TimmBackbone(VisionEncoder):
+    """`model` is timm's module; tokens are the positions of its last feature map, row-major.
+
+    num_classes: 0 leaves out the head. arguments: passed on to the model as they are; of the
+    config's sizes only those that are set.
+    """
+
+    def __init__(self, cfg: EncoderConfig, num_classes: int = 0, **arguments: Any) -> None:
+        super().__init__()
+        self.model = _create(cfg, num_classes, arguments)
+        with torch.device("meta"), torch.no_grad():
+            shape = (
+                _create(cfg, num_classes, arguments)
+                .eval()
+                .forward_features(  # type: ignore
+                    torch.empty(1, 3, cfg.image_size, cfg.image_size)
+                )
+            )
+        self.num_prefix = int(getattr(self.model, "num_prefix_tokens", 0))
+        self.dim = int(self.model.num_features)  # type: ignore[arg-type]
+        count = _as_tokens(shape, self.dim).shape[1] - self.num_prefix
+        side = round(count**0.5)
+        self.spec = EncoderSpec(
+            dim=self.dim,
+            depth=0,
+            heads=0,
+            patch_size=max(1, cfg.image_size // max(1, side)),
+            image_size=cfg.image_size,
+            num_prefix=self.num_prefix,
+            mean=tuple(cfg.mean),
+            std=tuple(cfg.std),
+        )
+        self.set_statistics(cfg.mean, cfg.std)
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.model
+
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        keep: Tensor | None = None,
+        layers: Sequence[int] = (),
+        normalised: bool = False,
+        hook: BlockHook | None = None,
+    ) -> EncoderOut:
+        if keep is not None or layers or hook is not None:
+            raise ConfigError(
+                f"{type(self.model).__name__} takes whole images only: masking, layer taps and "
+                "token reduction need a plain ViT, e.g. encoder.name=deit_small_patch16_224"
+            )
+        x = images if normalised else self.normalise(images)
+        features = self.model.forward_features(x)  # type: ignore[operator]
+        tokens = _as_tokens(features, self.dim)
+        count = self.num_prefix
+        return EncoderOut(tokens[:, count:], tokens[:, :count], features=features)
+
+    def classify(self, out: EncoderOut) -> Tensor:
+        return self.model.forward_head(out.features)  # type: ignore[operator]
+
+
+def _as_tokens(features: Tensor, dim: int) -> Tensor:
+    """(B, D, h, w), (B, h, w, D) or (B, N, D) as (B, N, D)."""
+    if features.ndim == 3:
+        return features
+    if features.ndim == 4 and features.shape[1] == dim:
+        return features.flatten(2).transpose(1, 2)
+    return features.flatten(1, 2)
+
+
+def _create(cfg: EncoderConfig, num_classes: int, arguments: dict[str, Any]) -> nn.Module:
+    register_backbones(cfg.name)
+    if not timm.is_model(cfg.name):
+        raise ConfigError(
+            f"encoder.name: no timm model '{cfg.name}'. {nearest(cfg.name, known_models())}"
+        )
+    sizes: dict[str, Any] = {
+        "patch_size": cfg.patch_size,
+        "embed_dim": cfg.dim,
+        "depth": cfg.depth,
+        "num_heads": cfg.heads,
+    }
+    given = {key: value for key, value in sizes.items() if value is not None} | arguments
+    common = {"num_classes": num_classes, "drop_path_rate": cfg.drop_path}
+    try:  # only some models are built for one image size, and only these take it
+        return timm.create_model(cfg.name, img_size=cfg.image_size, **common, **given)
+    except TypeError:
+        pass
+    try:
+        return timm.create_model(cfg.name, **common, **given)
+    except (TypeError, AssertionError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"encoder.name={cfg.name} does not take {given}: {error}") from error
