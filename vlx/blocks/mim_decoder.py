@@ -7,6 +7,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from vlx.blocks.init import xavier_init
+from vlx.blocks.vit_block import SplitAttention
 from vlx.ops.posembed import sincos_2d
 from vlx.ops.tokens import gather_tokens
 
@@ -52,7 +53,9 @@ class MAEDecoder(nn.Module):
         super().__init__()
         self.num_prefix = num_prefix
         self.tokens = MaskTokens(encoder_dim, dim, grid, num_prefix)
-        self.blocks = nn.ModuleList(Block(dim, heads, qkv_bias=True) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(dim, heads, qkv_bias=True, attn_layer=SplitAttention) for _ in range(depth)
+        )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, patch_values)
         xavier_init(self)
