@@ -13,7 +13,7 @@ from tests.encoders.test_timm_vit import images_for, make
 from vlx.blocks.vit_block import BlockHook, Signal, Signals
 from vlx.commands.dry_run import measure
 from vlx.core.errors import ConfigError
-from vlx.methods.evit import Evit, EvitConfig, Reorganization
+from vlx.methods.evit import Evit, EvitConfig, RandomDropping, Reorganization
 from vlx.ops.token_state import TokenState, start
 
 FUSED = {0.9: (179, 163, 148), 0.8: (159, 129, 105), 0.7: (140, 100, 72), 0.6: (120, 74, 46),
@@ -168,3 +168,14 @@ def test_a_keep_rate_outside_its_range_is_refused(keep_rate: float) -> None:
 def test_a_layer_past_the_depth_is_refused_before_anything_runs() -> None:
     with pytest.raises(ConfigError, match=r"reduction_layers=\[1, 12\].*12 layers"):
         Reorganization(0.5, [1, 12], True).plan(196, 1, 12)
+
+
+def test_the_random_baseline_keeps_as_many_in_their_order() -> None:
+    x = torch.randn(2, 11, 4)
+    state = RandomDropping(0.6, [0], True).after_attention(start(x, 1), 0, Signals())
+    assert state.x.shape == (2, 7, 4)
+    for sample in range(2):
+        kept = [i for i in range(10) if state.owner[sample, i] >= 0]
+        torch.testing.assert_close(state.x[sample, 1:], x[sample, 1:][kept])
+    plan = RandomDropping(0.7, [3, 6, 9], True).plan(196, 1, 12)
+    assert [plan[layer].mlp for layer in (3, 6, 9)] == list(DROPPED[0.7])

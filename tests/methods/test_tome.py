@@ -14,7 +14,14 @@ from vlx.blocks.vit_block import attend
 from vlx.commands.dry_run import measure
 from vlx.core.errors import ConfigError
 from vlx.encoders.timm_vit import TimmVit
-from vlx.methods.tome import MergeSchedule, Merging, TomeConfig, merges_by_layer
+from vlx.methods.tome import (
+    REDUCERS,
+    MergeSchedule,
+    Merging,
+    Pairing,
+    TomeConfig,
+    merges_by_layer,
+)
 from vlx.ops.token_merging import bipartite_matching, merge_pairs
 from vlx.ops.token_state import TokenState, scatter_back, start
 
@@ -201,3 +208,16 @@ def test_no_graph_breaks_under_compile() -> None:
 def test_negative_r_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"method\.r=-1"):
         TomeConfig(r=-1)
+
+
+@pytest.mark.parametrize("pairing", list(Pairing))
+def test_baselines_run_on_the_same_counts(pairing: Pairing) -> None:
+    encoder = make("vit_tiny_patch16_224")
+    hook = REDUCERS[pairing]([3, 2], True)
+    out = encoder(torch.rand(2, 3, 64, 64), hook=hook)  # the runner checks the plan
+    assert out.tokens.shape[1] == 11
+    assert out.state is not None
+    held = (out.state.owner >= 0).all(1)
+    assert held.all() == (pairing is not Pairing.drop)
+    if pairing is Pairing.drop:
+        assert ((out.state.owner >= 0).sum(1) == 11).all()

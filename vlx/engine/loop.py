@@ -251,8 +251,12 @@ class Trainer:
         return True
 
     def evaluate_with(self, evaluate: Callable[[], T]) -> T:
-        """Call an evaluation in eval mode, on averaged weights where there are any."""
+        """Call an evaluation in eval mode, on averaged weights where there are any.
+
+        Seeded alike every time: some models draw at random in evaluation too.
+        """
         self.method.eval()
+        self.parallel.seed(self.cfg.seed)
         try:
             with nullcontext() if self.ema is None else self.ema.swapped(), torch.no_grad():
                 return self.parallel.whole(self.module, evaluate)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from enum import Enum
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from vlx.core.method import StepContext, StepOutput
 from vlx.core.paper import Paper
 from vlx.encoders.base import EncoderSpec
 from vlx.families.token_reduction import ReducedClassifier
-from vlx.ops.token_state import TokenState
+from vlx.ops.token_state import TokenState, random_tokens
 
 PAPER = Paper(
     number=89,
@@ -43,6 +44,13 @@ PAPER = Paper(
 )
 
 
+class Ranking(Enum):
+    """What decides which tokens stay."""
+
+    attention = "attention"
+    random = "random"
+
+
 @dataclass(kw_only=True)
 class EvitConfig(ClassifierConfig):
     keep_rate: float = 0.7
@@ -51,6 +59,8 @@ class EvitConfig(ClassifierConfig):
     """Layers that reduce, 0 = first. Official code, 12 layers: 3, 6, 9."""
     fuse: bool = True
     """Sum the tokens left out into one more, weighted by attention; otherwise drop them."""
+    ranking: Ranking = Ranking.attention
+    """attention of the class token, or the baseline random: the rest is then dropped, not fused."""
     shrink_start_epoch: float = 10.0
     """Epochs at a keep rate of 1, before it falls. From scratch: 10; fine-tuning: 0."""
     shrink_epochs: float = 100.0
@@ -124,12 +134,32 @@ def _append_fused(state: TokenState, extra: Tensor) -> TokenState:
     )
 
 
+class RandomDropping(Reorganization):
+    """The baseline: as many tokens as without fusion, at random."""
+
+    def __init__(self, keep_rate: float, layers: list[int], fuse: bool) -> None:
+        super().__init__(keep_rate, layers, fuse=False)
+
+    def signals(self, layer: int) -> Signal:
+        return Signal.NONE
+
+    def after_attention(self, state: TokenState, layer: int, signals: Signals) -> TokenState:
+        count = self.num_kept(state.num_patches)
+        if layer not in self.layers or count == state.num_patches:
+            return state
+        return state.select(random_tokens(state, count))
+
+
+REDUCERS = {Ranking.attention: Reorganization, Ranking.random: RandomDropping}
+
+
 class Evit(ReducedClassifier):
     Config = EvitConfig
     reducer: Reorganization
 
     def build_reducer(self, spec: EncoderSpec) -> Reorganization:
-        return Reorganization(self.cfg.keep_rate, self.cfg.reduction_layers, self.cfg.fuse)
+        cfg = self.cfg
+        return REDUCERS[cfg.ranking](cfg.keep_rate, cfg.reduction_layers, cfg.fuse)
 
     def step(self, batch: Batch, ctx: StepContext) -> StepOutput:
         self.reducer.keep_rate = self.keep_rate_at(ctx.epoch)

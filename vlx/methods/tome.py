@@ -24,7 +24,7 @@ from vlx.core.paper import Paper
 from vlx.encoders.base import EncoderSpec
 from vlx.families.token_reduction import ReducedClassifier
 from vlx.ops.token_merging import bipartite_matching, merge_pairs, num_merged
-from vlx.ops.token_state import TokenState
+from vlx.ops.token_state import TokenState, random_tokens
 
 PAPER = Paper(
     number=0,
@@ -49,6 +49,14 @@ class MergeSchedule(Enum):
     decreasing = "decreasing"
 
 
+class Pairing(Enum):
+    """What becomes of r tokens."""
+
+    similar = "similar"
+    random = "random"
+    drop = "drop"
+
+
 @dataclass(kw_only=True)
 class TomeConfig(ClassifierConfig):
     r: int = 13
@@ -58,6 +66,9 @@ class TomeConfig(ClassifierConfig):
     """constant, or decreasing: from 2r in the first layer to 0 in the last, the same in all."""
     proportional_attention: bool = True
     """Add the log of a token's size to the logits of its key. Off for MAE models off the shelf."""
+    pairing: Pairing = Pairing.similar
+    """similar: the r best pairs are merged. Baselines: random, r random tokens are each merged into
+    a random partner; drop, r random tokens are dropped."""
 
     def __post_init__(self) -> None:
         ClassifierConfig.__post_init__(self)
@@ -82,8 +93,10 @@ class Merging(TokenReducer):
 
     def after_attention(self, state: TokenState, layer: int, signals: Signals) -> TokenState:
         r = num_merged(self.r[layer], state.x.shape[1], state.num_prefix)
-        if r == 0:
-            return state
+        return self.reduce(state, signals, r) if r else state
+
+    def reduce(self, state: TokenState, signals: Signals, r: int) -> TokenState:
+        """r tokens fewer."""
         assert signals.keys is not None
         with torch.no_grad():
             metric = signals.keys.mean(1)  # (B, N, d)
@@ -99,12 +112,38 @@ class Merging(TokenReducer):
         return counts
 
 
+class RandomMerging(Merging):
+    """A baseline: random tokens, each merged into a random partner."""
+
+    def signals(self, layer: int) -> Signal:
+        return Signal.NONE
+
+    def reduce(self, state: TokenState, signals: Signals, r: int) -> TokenState:
+        # Random keys: their similarities are a random ranking with random partners.
+        metric = torch.randn(*state.x.shape[:2], 8, device=state.x.device)
+        return merge_pairs(state, *bipartite_matching(metric, state.num_prefix), r)
+
+
+class RandomDropping(RandomMerging):
+    """A baseline: random tokens dropped; what is left keeps its order."""
+
+    def reduce(self, state: TokenState, signals: Signals, r: int) -> TokenState:
+        return state.select(random_tokens(state, state.num_patches - r))
+
+
+REDUCERS = {
+    Pairing.similar: Merging,
+    Pairing.random: RandomMerging,
+    Pairing.drop: RandomDropping,
+}
+
+
 class Tome(ReducedClassifier):
     Config = TomeConfig
 
     def build_reducer(self, spec: EncoderSpec) -> Merging:
         r = merges_by_layer(self.cfg.r, self.cfg.schedule, spec.depth)
-        return Merging(r, self.cfg.proportional_attention)
+        return REDUCERS[self.cfg.pairing](r, self.cfg.proportional_attention)
 
 
 def merges_by_layer(r: int, schedule: MergeSchedule, depth: int) -> list[int]:

@@ -65,3 +65,14 @@ def scatter_back(values: Tensor, owner: Tensor) -> Tensor:
     """
     dense = gather_tokens(values, owner.clamp(min=0))
     return dense * (owner >= 0).unsqueeze(-1).to(dense.dtype)
+
+
+def random_tokens(state: TokenState, count: int) -> Tensor:
+    """`(B, prefix + count)` places of the prefix and of `count` random other tokens, in order.
+
+    Drawn from torch's generator, which the loop seeds before every step and evaluation.
+    """
+    noise = torch.rand(len(state.x), state.num_patches, device=state.x.device)
+    chosen = noise.topk(count, dim=1).indices.sort(dim=1).values + state.num_prefix
+    first = torch.arange(state.num_prefix, device=state.x.device).expand(len(chosen), -1)
+    return torch.cat([first, chosen], dim=1)
