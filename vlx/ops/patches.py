@@ -37,7 +37,7 @@ def paint_groups(image: Tensor, groups: Tensor) -> Tensor:
     """A picture of what became of an image's patches.
 
     image: (3, H, W) in 0..1, square; groups: (P,) int64, a number per patch. Patches that share a
-    number get their common mean colour, a patch with a number of its own stays, -1 is darkened.
+    number get their common mean colour, a patch with a number of its own stays, -1 is dim and red.
     """
     side = math.isqrt(len(groups))
     patch = image.shape[-1] // side
@@ -48,5 +48,6 @@ def paint_groups(image: Tensor, groups: Tensor) -> Tensor:
     flat = shared.repeat(1, patch * patch)
     alone = members.sum(1, keepdim=True) == 1
     painted = torch.where(alone, pixels, flat)
-    painted = torch.where(groups[:, None] < 0, pixels * 0.25, painted)
+    red = pixels.new_tensor([0.3, 0.05, 0.05]).repeat(patch * patch)
+    painted = torch.where(groups[:, None] < 0, pixels * 0.3 + red, painted)
     return unpatchify(painted[None], patch, (side, side))[0]
