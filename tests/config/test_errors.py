@@ -25,7 +25,7 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     (["pretrain", "mae", "encoder=vit_bse"], ["no encoder 'vit_bse'", "vit_base"]),
     (["pretrain", "mae", "encoder=null"], ["'encoder=null' must be one of", "vit_base"]),
     (["pretrain", "mae", "train.stps=3"], ["unknown key 'train.stps'", "train.steps"]),
-    (["pretrain", "mae", "mask_ratio=0.5"], ["method.mask_ratio"]),
+    (["pretrain", "mae", "mask_ratoi=0.5"], ["method.mask_ratio"]),
     (["pretrain", "mae", "optim.betas.0=1"], ["unknown key 'optim.betas.0'"]),
     (["pretrain", "mae", "train.steps=abc"], ["train.steps=abc must be an integer"]),
     (["pretrain", "mae", "train.steps=1.5"], ["train.steps=1.5 must be an integer"]),
