@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vlx.commands.tables import shorten
 from vlx.config.compose import to_yaml
 from vlx.core import registry
 from vlx.core.capability import ImageFeatures, ReducedTokens
@@ -147,7 +147,7 @@ def print_dry_run(config: dict[str, Any], console: Console) -> None:
     if report.reduced_gmacs is not None:
         table.add_row("", f"{report.reduced_gmacs:.3f} of one image, tokens reduced")
     for where, counts in report.tokens.items():
-        table.add_row(f"tokens in {where}", _counts(counts))
+        table.add_row(f"tokens in {where}", shorten(counts))
     if not evaluation:
         processes = cfg.launcher.processes * cfg.launcher.nodes
         memory = memory_bytes(report, cfg, processes) / 2**30
@@ -182,12 +182,6 @@ def _learning_rate(cfg: RunConfig) -> str:
     if cfg.optim.lr is not None:
         return f"{peak:.4g} (optim.lr)"
     return f"{peak:.4g} = {cfg.optim.base_lr:g} x batch {cfg.train.batch_size} / 256"
-
-
-def _counts(counts: Sequence[int]) -> str:
-    """Token counts by block, runs of equal ones shortened: `50 x 12`."""
-    parts = [(value, len(list(same))) for value, same in itertools.groupby(counts)]
-    return ", ".join(f"{value} x {times}" if times > 1 else str(value) for value, times in parts)
 
 
 @contextmanager
