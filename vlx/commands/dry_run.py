@@ -28,6 +28,8 @@ from vlx.engine.optim import peak_lr
 from vlx.engine.run import total_steps
 
 _COUNTED_BATCH = 2
+_SOME_CLASSES = 1000
+"""Where the data, and so their number, is not known."""
 _OPTIMIZER_COPIES = {Optimizer.adamw: 2, Optimizer.lamb: 2, Optimizer.sgd: 1, Optimizer.lars: 1}
 
 
@@ -98,7 +100,7 @@ def _reduced(method: Method, size: int) -> tuple[float, dict[str, list[int]]] | 
 def measure_evaluation(cfg: RunConfig) -> DryRun:
     """The same of `vlx eval`: one image through the encoder, nothing kept for a backward pass."""
     with torch.device("meta"), torch.no_grad():
-        subject, module = build_subject(cfg, load_weights=False)
+        subject, module = build_subject(cfg, _SOME_CLASSES, load_weights=False)
         size = cfg.encoder.image_size
         images = torch.empty(_COUNTED_BATCH, 3, size, size)
         with _count_tokens(module) as tokens, FlopCounterMode(display=False) as flops:
@@ -138,7 +140,7 @@ def print_dry_run(config: dict[str, Any], console: Console) -> None:
     evaluation = config["method"] is None
     cfg = from_dict(RunConfig, config) if evaluation else run_config(config)
     steps, classes = ("none: no training", 0) if evaluation else _steps(cfg)
-    report = measure_evaluation(cfg) if evaluation else measure(cfg, classes or 1000)
+    report = measure_evaluation(cfg) if evaluation else measure(cfg, classes or _SOME_CLASSES)
     table = Table(title=f"{cfg.command} {cfg.slug}, preset {cfg.preset}", show_header=False)
     table.add_row("parameters", f"{report.total_params:,} total")
     table.add_row("", f"{report.trainable_params:,} trainable")

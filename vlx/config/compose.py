@@ -36,6 +36,7 @@ _EVALUATION_KEYS = (
     "data",
     "eval.batch_size",
     "eval.crop_ratio",
+    "eval.speed_batches",
     "launcher",
     "train.device",
     "train.threads",
