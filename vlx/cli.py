@@ -47,7 +47,7 @@ Method = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        help="key=value overrides, e.g. train.steps=200 data=cifar10; see `vlx show METHOD`.",
+        help="key=value overrides, e.g. train.steps=200 data=cifar10 keep_rate=0.7; see `vlx show METHOD`.",
         autocompletion=_complete("overrides"),
     ),
 ]
@@ -105,7 +105,8 @@ _COMMANDS = {
     "align": "Align images and text.",
     "finetune": "Adapt an encoder to a task.",
     "prune-tokens": "Reduce the tokens of a ViT.",
-    "eval": "Evaluate an encoder: knn, linear-probe, reconstruction.",
+    "eval": "Evaluate an encoder: knn, linear-probe, reconstruction; a classifier: classification, "
+    "tokens.",
 }
 _ALIASES = {"pretrain": "pretrain-mim"}
 
