@@ -156,4 +156,5 @@ def main(chosen: Sequence[str] = ()) -> list[Row]:
 
 
 if __name__ == "__main__":
-    print("\n".join([HEADER, *(row.markdown() for row in main(sys.argv[1:]))]))
+    print(HEADER, flush=True)
+    main(sys.argv[1:])

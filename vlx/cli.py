@@ -47,7 +47,7 @@ Method = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        help="key=value overrides, e.g. train.steps=200 data=cifar10 keep_rate=0.7; see `vlx show METHOD`.",
+        help="key=value overrides, e.g. train.steps=200 data=cifar10; see `vlx show METHOD`.",
         autocompletion=_complete("overrides"),
     ),
 ]
