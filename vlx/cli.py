@@ -76,6 +76,14 @@ Multirun = Annotated[
         "hydra/launcher=NAME and hydra/sweeper=NAME use Hydra's plugins.",
     ),
 ]
+Sweep = Annotated[
+    bool,
+    typer.Option(
+        "--sweep",
+        help="A multirun over the rates of the method's paper, ending in a Pareto table and plot; "
+        "a key with values of your own takes the place of the paper's.",
+    ),
+]
 Jobs = Annotated[int, typer.Option("--jobs", help="Jobs of a sweep at work at once.")]
 FailFast = Annotated[bool, typer.Option("--fail-fast", help="Stop a sweep at its first failure.")]
 Objective = Annotated[
@@ -97,7 +105,8 @@ _COMMANDS = {
     "align": "Align images and text.",
     "finetune": "Adapt an encoder to a task.",
     "prune-tokens": "Reduce the tokens of a ViT.",
-    "eval": "Evaluate an encoder: knn, linear-probe, reconstruction.",
+    "eval": "Evaluate an encoder: knn, linear-probe, reconstruction; a classifier: classification, "
+    "tokens.",
 }
 _ALIASES = {"pretrain": "pretrain-mim"}
 
@@ -110,6 +119,7 @@ def run_method(
     dry_run: DryRun = False,
     cfg: Cfg = None,
     multirun: Multirun = False,
+    sweep: Sweep = False,
     jobs: Jobs = 1,
     fail_fast: FailFast = False,
     objective: Objective = None,
@@ -128,6 +138,7 @@ def run_method(
         cfg=cfg,
         dry_run=dry_run,
         multirun=multirun,
+        sweep=sweep,
         jobs=jobs,
         fail_fast=fail_fast,
         objective=objective,

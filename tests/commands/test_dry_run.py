@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from tests.commands.conftest import smoke_line, text_console, text_of
-from vlx.commands.dry_run import _counts
 from vlx.commands.start import Line, start
+from vlx.commands.tables import shorten
 
 
 def dry(preset: str, *overrides: str) -> str:
@@ -63,4 +63,4 @@ def test_processes_and_absolute_rates_are_shown(here: Path) -> None:
     ("counts", "text"), [([50, 50, 50], "50 x 3"), ([4, 3, 3, 1], "4, 3 x 2, 1"), ([], "")]
 )
 def test_equal_counts_are_shortened(counts: list[int], text: str) -> None:
-    assert _counts(counts) == text
+    assert shorten(counts) == text

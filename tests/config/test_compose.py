@@ -15,6 +15,7 @@ from vlx.config.frozen import apply_harmless
 from vlx.config.grid import expand, job_name
 from vlx.config.meanings import describe, head_comment
 from vlx.config.paths import presets
+from vlx.config.shorthand import long_words
 from vlx.core.errors import ConfigError
 from vlx.engine.load import read_config
 from vlx.engine.rundir import HARMLESS_KEYS, config_hash
@@ -121,6 +122,77 @@ def test_compositions_leave_no_state_behind() -> None:
         smoke("sed=3")
     compose("mae", "pretrain-mim", "paper")
     assert smoke() == before
+
+
+# short words
+
+
+def evit(*overrides: str, preset: str = "smoke") -> dict:
+    return compose("evit", "prune-tokens", preset, overrides)
+
+
+def test_a_models_name_chooses_it_at_its_own_size() -> None:
+    encoder = evit("encoder=vit_small_patch16_224")["encoder"]  # the preset sets dim and heads
+    sizes = {key: encoder[key] for key in ("name", "image_size", "patch_size", "dim", "depth")}
+    assert sizes == {
+        "name": "vit_small_patch16_224", "image_size": 224, "patch_size": None, "dim": None,
+        "depth": None,
+    }  # fmt: skip
+    assert encoder["heads"] is None
+    assert encoder["mean"] == encoder["std"] == [0.5, 0.5, 0.5]  # of the published weights
+    imagenet = evit("encoder=resnet18")["encoder"]
+    assert imagenet["mean"] == [0.485, 0.456, 0.406]
+
+
+def test_keys_of_the_line_stand_above_the_models_own() -> None:
+    lines = [
+        ["encoder=vit_small_patch16_224", "encoder.image_size=96", "encoder.depth=3"],
+        ["encoder.image_size=96", "encoder.depth=3", "encoder=vit_small_patch16_224"],
+    ]
+    for line in lines:
+        encoder = evit(*line)["encoder"]
+        assert (encoder["image_size"], encoder["depth"], encoder["dim"]) == (96, 3, None)
+
+
+def test_files_of_conf_come_before_models_() -> None:
+    assert evit("encoder=vit_small", preset="tiny")["encoder"]["dim"] == 384
+    assert evit("encoder=deit_small", preset="paper")["encoder"]["patch_size"] == 16
+
+
+def test_a_models_weights_and_teachers_are_named_alike() -> None:
+    config = smoke(
+        "encoder=vit_base_patch16_224.dino", "+encoder@teacher=vit_base_patch16_clip_224.openai"
+    )
+    assert config["encoder"]["name"] == "vit_base_patch16_224.dino"
+    assert config["teacher"]["name"] == "vit_base_patch16_clip_224.openai"
+    assert config["teacher"]["mean"] == [0.48145466, 0.4578275, 0.40821073]
+    with pytest.raises(ConfigError, match=r"no weights 'vit_base_patch16_224\.dinno'"):
+        smoke("encoder=vit_base_patch16_224.dinno")
+
+
+def test_a_bare_key_is_the_methods() -> None:
+    config = evit("keep_rate=0.6", "++fuse=false", "reduction_layers=[1]", "seed=3")
+    assert config["method"]["keep_rate"] == 0.6
+    assert config["method"]["fuse"] is False
+    assert config["method"]["reduction_layers"] == [1]
+    assert config["seed"] == 3
+    assert evit("keep_rate=0.6") == evit("method.keep_rate=0.6")
+
+
+def test_a_key_of_the_run_stays_the_runs() -> None:
+    words = ["name=x", "seed=1", "data=cifar10", "keep_rate=0.5", "flip", "a.flip=1"]
+    assert long_words("evit", words) == [
+        "name=x", "seed=1", "data=cifar10", "method.keep_rate=0.5", "method.flip", "a.flip=1",
+    ]  # fmt: skip
+
+
+def test_models_and_bare_keys_sweep() -> None:
+    root = method_root("evit", "prune-tokens", "smoke")
+    cells = expand(root, ["encoder=vit_tiny_patch16_224,digits_pixels", "keep_rate=0.9,0.5"])
+    found = [(c.config["encoder"]["dim"], c.config["method"]["keep_rate"]) for c in cells]
+    assert found == [(None, 0.9), (None, 0.5), (24, 0.9), (24, 0.5)]
+    assert cells[1].swept == {"encoder": "vit_tiny_patch16_224", "method.keep_rate": "0.5"}
+    assert job_name(1, cells[1].swept) == "001-encoder_vit_tiny_patch16_224-keep_rate_0.5"
 
 
 # evaluations

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vlx.commands.tables import shorten
 from vlx.config.compose import to_yaml
 from vlx.core import registry
 from vlx.core.capability import ImageFeatures, ReducedTokens
@@ -28,6 +28,8 @@ from vlx.engine.optim import peak_lr
 from vlx.engine.run import total_steps
 
 _COUNTED_BATCH = 2
+_SOME_CLASSES = 1000
+"""Where the data, and so their number, is not known."""
 _OPTIMIZER_COPIES = {Optimizer.adamw: 2, Optimizer.lamb: 2, Optimizer.sgd: 1, Optimizer.lars: 1}
 
 
@@ -98,7 +100,7 @@ def _reduced(method: Method, size: int) -> tuple[float, dict[str, list[int]]] | 
 def measure_evaluation(cfg: RunConfig) -> DryRun:
     """The same of `vlx eval`: one image through the encoder, nothing kept for a backward pass."""
     with torch.device("meta"), torch.no_grad():
-        subject, module = build_subject(cfg, load_weights=False)
+        subject, module = build_subject(cfg, _SOME_CLASSES, load_weights=False)
         size = cfg.encoder.image_size
         images = torch.empty(_COUNTED_BATCH, 3, size, size)
         with _count_tokens(module) as tokens, FlopCounterMode(display=False) as flops:
@@ -138,7 +140,7 @@ def print_dry_run(config: dict[str, Any], console: Console) -> None:
     evaluation = config["method"] is None
     cfg = from_dict(RunConfig, config) if evaluation else run_config(config)
     steps, classes = ("none: no training", 0) if evaluation else _steps(cfg)
-    report = measure_evaluation(cfg) if evaluation else measure(cfg, classes or 1000)
+    report = measure_evaluation(cfg) if evaluation else measure(cfg, classes or _SOME_CLASSES)
     table = Table(title=f"{cfg.command} {cfg.slug}, preset {cfg.preset}", show_header=False)
     table.add_row("parameters", f"{report.total_params:,} total")
     table.add_row("", f"{report.trainable_params:,} trainable")
@@ -147,7 +149,7 @@ def print_dry_run(config: dict[str, Any], console: Console) -> None:
     if report.reduced_gmacs is not None:
         table.add_row("", f"{report.reduced_gmacs:.3f} of one image, tokens reduced")
     for where, counts in report.tokens.items():
-        table.add_row(f"tokens in {where}", _counts(counts))
+        table.add_row(f"tokens in {where}", shorten(counts))
     if not evaluation:
         processes = cfg.launcher.processes * cfg.launcher.nodes
         memory = memory_bytes(report, cfg, processes) / 2**30
@@ -182,12 +184,6 @@ def _learning_rate(cfg: RunConfig) -> str:
     if cfg.optim.lr is not None:
         return f"{peak:.4g} (optim.lr)"
     return f"{peak:.4g} = {cfg.optim.base_lr:g} x batch {cfg.train.batch_size} / 256"
-
-
-def _counts(counts: Sequence[int]) -> str:
-    """Token counts by block, runs of equal ones shortened: `50 x 12`."""
-    parts = [(value, len(list(same))) for value, same in itertools.groupby(counts)]
-    return ", ".join(f"{value} x {times}" if times > 1 else str(value) for value, times in parts)
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from vlx.commands.start import Line, prepare, root_of, run
+from vlx.commands.start import Line, check_model, prepare, root_of, run
 from vlx.commands.sweep import Driver
 from vlx.commands.sweep_file import Job, append_job, standing, write_jobs
 from vlx.config.compose import Root, to_yaml
@@ -39,11 +41,28 @@ def multirun(line: Line, root: Root, console: Console) -> int:
             text = f"{job_name(number, cell.swept)}: {' '.join(cell.overrides)}"
             console.print(text, highlight=False, soft_wrap=True, markup=False)
         return 0
+    check_models(cells)
     first = cells[0].config
     directory = make_sweep_dir(first["runs_dir"], name_of(line), root.slug)
     write_jobs(directory, [freeze(number, cell, directory) for number, cell in enumerate(cells)])
     console.print(f"sweep of {len(cells)} jobs: {directory}", highlight=False, soft_wrap=True)
     return Driver(directory, console, parallel=line.jobs, fail_fast=line.fail_fast).run()
+
+
+def check_models(cells: Sequence[Cell]) -> None:
+    """`check_model` for every job; jobs that build the same model are checked once."""
+    seen = set()
+    for cell in cells:
+        parts = [cell.config[key] for key in ("slug", "method", "encoder", "teacher")]
+        text = json.dumps([*parts, cell.config["train"]["accumulate"]])
+        if text in seen:
+            continue
+        seen.add(text)
+        try:
+            check_model(cell.config)
+        except VlxError as error:
+            varying = " ".join(f"{key}={value}" for key, value in cell.swept.items())
+            raise ConfigError(f"job {varying}: {error}") from error
 
 
 def name_of(line: Line) -> str | None:

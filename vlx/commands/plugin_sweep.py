@@ -19,7 +19,7 @@ from vlx.commands.sweep_file import (
     write_jobs,
 )
 from vlx.config import hydra_app
-from vlx.config.compose import Root, check, hydra_conf, resolve
+from vlx.config.compose import Root, check, hydra_conf, plain_words, resolve
 from vlx.config.grid import expand
 from vlx.config.overrides import Override, is_hydra_key, parse
 from vlx.core.errors import ConfigError
@@ -30,7 +30,7 @@ def plugin_sweep(line: Line, root: Root, console: Console) -> int:
     if line.cfg or line.dry_run:
         raise ConfigError("--cfg and --dry-run go without hydra/launcher and hydra/sweeper")
     with hydra_conf():
-        parsed = parse(line.overrides)
+        parsed = parse(plain_words(root, line.overrides))
         hydra_app.check_plugins(parsed)
     own = [o for o in parsed if not is_hydra_key(o.key_or_group)]
     runs_dir = _check_jobs(root, own)

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from vlx.commands.tables import REDUCED_GMACS, figure
 from vlx.core.errors import VlxError
 from vlx.core.results import FILE_NAME, Metric, Results, read_results
 from vlx.engine import rundir
@@ -33,6 +34,8 @@ class PastRun:
     total_steps: int
     metric: str | None
     value: float | None
+    gmacs: float | None
+    """Of one image with reduced tokens, where that was measured."""
     when: str
     directory: str
 
@@ -81,6 +84,7 @@ def past_run(folder: Path) -> PastRun:
         total_steps=record.total_steps,
         metric=best.name if best else None,
         value=best.value if best else None,
+        gmacs=results.value(REDUCED_GMACS, best.weights) if results and best else None,
         when=results.finished if results else record.created,
         directory=str(folder),
     )
@@ -94,8 +98,10 @@ def state_of(folder: Path, record: rundir.RunRecord) -> str:
 
 
 def headline(results: Results) -> Metric | None:
-    """The first metric of the trained weights."""
-    return next((m for m in results.metrics if m.weights != "untrained"), None)
+    """The first metric of the trained weights; of models with reduced tokens, the reduced one's."""
+    found = [m for m in results.metrics if m.weights != "untrained"]
+    reduced = [m for m in found if not m.name.endswith("/plain")]
+    return next(iter(reduced or found), None)
 
 
 def runs_table(directory: Path, rows: Sequence[PastRun]) -> Table:
@@ -113,10 +119,22 @@ def runs_table(directory: Path, rows: Sequence[PastRun]) -> Table:
             str(row.seed),
             f"[{colour}]{row.state}[/]",
             f"{row.step}/{row.total_steps}",
-            f"{row.metric} {row.value:.4f}" if row.value is not None else "",
+            _result(row),
             datetime.fromisoformat(row.when).astimezone().strftime("%Y-%m-%d %H:%M"),
         )
     return table
+
+
+def _result(row: PastRun) -> str:
+    if row.value is None:
+        return ""
+    if row.gmacs is None:
+        return f"{row.metric} {figure(row.value)}"
+    gmacs = f"{figure(row.gmacs, 'GMACs')} GMACs"
+    if row.metric == REDUCED_GMACS:  # data without labels
+        return f"reduced {gmacs}"
+    what = str(row.metric).split("/")[1]
+    return f"reduced {what} {figure(row.value)}, {gmacs}"
 
 
 def rerun(run_dir: Path, name: str | None, console: Console) -> int:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from vlx.config.compose import Root, compose_root, evaluation_root, method_root, to_yaml
+from vlx.commands.tables import counts_lines, results_tables
+from vlx.config.compose import (
+    Root,
+    compose_root,
+    evaluation_root,
+    method_root,
+    plain_words,
+    to_yaml,
+)
 from vlx.core import registry
 from vlx.core.errors import ConfigError, VlxError, nearest
 from vlx.core.files import write_atomic
-from vlx.core.results import Results, read_results
+from vlx.core.results import read_results
 from vlx.engine import rundir
 from vlx.engine.environment import git_commit, versions
 from vlx.engine.launch import launch, read_launcher
@@ -34,6 +41,8 @@ class Line:
     cfg: str | None = None
     dry_run: bool = False
     multirun: bool = False
+    sweep: bool = False
+    """A multirun over the rates that the method's paper names."""
     jobs: int = 1
     fail_fast: bool = False
     objective: str | None = None
@@ -44,6 +53,8 @@ class Line:
 def start(line: Line, console: Console) -> int:
     """Do what a line says and print what came out. Returns an exit code."""
     root = root_of(line)
+    if line.sweep:
+        line = over_rates(line, root)
     if line.cfg not in (None, "job"):
         raise ConfigError(f"--cfg {line.cfg}: only --cfg job, the resolved configuration")
     if line.multirun:
@@ -63,7 +74,36 @@ def start(line: Line, console: Console) -> int:
         from vlx.commands.multirun import run_in_sweep
 
         return run_in_sweep(line, line.in_sweep, config, console)
+    check_model(config)
     return run(prepare(config, line.overrides), console)
+
+
+def over_rates(line: Line, root: Root) -> Line:
+    """The line as a multirun over the rates of the method's paper.
+
+    A key of the paper's that the line sets itself keeps the line's values.
+    """
+    rates = registry.find(root.slug).paper.sweep if root.file == "run" else ()
+    if not rates:
+        raise ConfigError(
+            f"--sweep: {line.name} names no rates; sweep keys of your own with -m, e.g. -m seed=0,1"
+        )
+    given = {word.split("=", 1)[0].lstrip("+") for word in plain_words(root, line.overrides)}
+    added = [word for word in rates if word.split("=", 1)[0] not in given]
+    return replace(line, multirun=True, overrides=[*added, *line.overrides])
+
+
+def check_model(config: dict[str, Any]) -> None:
+    """Refuse what the method refuses when it is built, before anything is written.
+
+    Builds it from shapes alone, without weights or data; imports torch.
+    """
+    if config["method"] is None:  # an evaluation: what it builds is in a checkpoint
+        return
+    from vlx.engine.build import check_build
+    from vlx.engine.load import run_config
+
+    check_build(run_config(config))
 
 
 def root_of(line: Line) -> Root:
@@ -139,30 +179,11 @@ def run(run_dir: Path, console: Console) -> int:
 def print_results(run_dir: Path, console: Console) -> None:
     """The trained encoder's numbers beside the untrained one's, and where everything is."""
     results = read_results(run_dir)
-    console.print(results_table(results))
+    for table in results_tables(results):
+        console.print(table)
+    for line in counts_lines(results):
+        console.print(line, highlight=False, soft_wrap=True)
     for picture in results.pictures:
         if "untrained" not in picture:
             console.print(f"picture: {run_dir / picture}", highlight=False, soft_wrap=True)
     console.print(f"results: {run_dir / 'results.json'}", highlight=False, soft_wrap=True)
-
-
-def results_table(results: Results) -> Table:
-    """Metrics by row; a column each for untrained and trained weights."""
-    kinds = list(dict.fromkeys(metric.weights for metric in results.metrics))
-    length = f", {results.steps} steps" if results.steps else ""
-    table = Table(title=f"{results.method} on {_split(results)}{length}")
-    table.add_column("metric")
-    for kind in kinds:
-        table.add_column(kind, justify="right")
-    table.add_column("samples", justify="right")
-    table.add_column("protocol")
-    for name in dict.fromkeys(metric.name for metric in results.metrics):
-        same = {m.weights: m for m in results.metrics if m.name == name}
-        any_metric = next(iter(same.values()))
-        numbers = [f"{same[kind].value:.4f}" if kind in same else "" for kind in kinds]
-        table.add_row(name, *numbers, str(any_metric.num_samples), any_metric.protocol)
-    return table
-
-
-def _split(results: Results) -> str:
-    return results.metrics[0].split if results.metrics else "no evaluation"

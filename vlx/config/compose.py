@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from vlx.config.explain import explain
 from vlx.config.overrides import check_override, parse
 from vlx.config.paths import conf_dir, presets
+from vlx.config.shorthand import long_words, model_words, store_models
 from vlx.core import registry
 from vlx.core.errors import ConfigError, nearest
 from vlx.engine.config import RunConfig
@@ -35,6 +36,7 @@ _EVALUATION_KEYS = (
     "data",
     "eval.batch_size",
     "eval.crop_ratio",
+    "eval.speed_batches",
     "launcher",
     "train.device",
     "train.threads",
@@ -72,14 +74,23 @@ def compose(
 
 def compose_root(root: Root, overrides: Sequence[str]) -> dict[str, Any]:
     """`compose`, for any root."""
-    parsed = parse(overrides)
+    words = plain_words(root, overrides)
+    parsed = parse(words)
     with hydra_conf():
         check(root, parsed)
-        return resolve(root, overrides, parsed)
+        return resolve(root, words, parsed)
+
+
+def plain_words(root: Root, overrides: Sequence[str]) -> list[str]:
+    """The overrides with every key in full, as Hydra wants them."""
+    return long_words(root.slug, overrides) if root.file == "run" else list(overrides)
 
 
 def check(root: Root, parsed: Sequence[Override]) -> None:
-    """Refuse keys outside the schema, `+` included: Hydra would add them silently."""
+    """Refuse keys outside the schema, `+` included: Hydra would add them silently.
+
+    Also makes options of the models that are named as encoders.
+    """
     if not parsed:
         return
     known = _schema(root)
@@ -90,6 +101,7 @@ def check(root: Root, parsed: Sequence[Override]) -> None:
         allowed |= {key.replace("encoder", "teacher", 1): v for key, v in encoder.items()}
     for override in parsed:
         check_override(override, allowed)
+    store_models(parsed)
 
 
 def _settable(root: Root, key: str) -> bool:
@@ -103,7 +115,8 @@ def resolve(
 ) -> dict[str, Any]:
     """Compose checked overrides; call inside `hydra_conf`."""
     try:
-        config = hydra_compose(root.file, overrides=[*root.fixed, *overrides])
+        words = [*root.fixed, *model_words(parsed), *overrides]
+        config = hydra_compose(root.file, overrides=words)
         config.slug, config.command, config.preset = root.slug, root.command, root.preset
         plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     except (HydraException, OmegaConfBaseException) as error:
@@ -114,6 +127,8 @@ def resolve(
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{key}={value} must be a finite number")
     from_dict(RunConfig, values)  # runs the cross-field checks of the dataclasses
+    if root.file == "run":
+        from_dict(registry.config_class(root.slug), values["method"] or {}, "method.")
     return values
 
 

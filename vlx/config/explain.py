@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from hydra.core.override_parser.types import Override
 
-from vlx.config.paths import group_options
+from vlx.config.shorthand import option_names
 from vlx.core.errors import ConfigError, VlxError, nearest
 
 _TYPES = {
@@ -47,7 +47,7 @@ def explain(
     if option:
         group, name = option[1], option[2]
         return ConfigError(
-            f"{file}no {group} '{name}'. {nearest(name, group_options(group))}".rstrip()
+            f"{file}no {group} '{name}'. {nearest(name, option_names(group))}".rstrip()
         )
     sweep = re.search(r"(?:Ambiguous value for argument|Sweep parameters) '(.*?)'", text)
     if sweep:

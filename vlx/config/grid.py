@@ -10,7 +10,7 @@ from typing import Any
 
 from hydra.core.override_parser.types import Override
 
-from vlx.config.compose import Root, check, hydra_conf, resolve
+from vlx.config.compose import Root, check, hydra_conf, plain_words, resolve
 from vlx.config.overrides import parse
 from vlx.core.errors import ConfigError, VlxError
 
@@ -52,12 +52,12 @@ def expand(
     varies is at fault.
     """
     with hydra_conf():
-        parsed = parse(overrides)
+        parsed = parse(plain_words(root, overrides))
         check(root, parsed)
         axes = [_values(override) for override in parsed]
         swept = [o.is_sweep_override() for o in parsed]
         if not any(swept):
-            raise ConfigError("-m needs a key with several values, e.g. seed=0,1,2")
+            raise ConfigError("a sweep needs a key with several values, e.g. seed=0,1,2")
         cells = []
         for words in itertools.product(*axes):
             varying = [word for word, varies in zip(words, swept) if varies]

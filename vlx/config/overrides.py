@@ -14,8 +14,8 @@ from hydra.errors import HydraException
 from vlx.config.paths import GROUPS, group_options
 from vlx.core.errors import ConfigError, nearest
 
-# Set by words of the command line, never by an override.
-_FIXED = {
+# Key -> what to type instead: set by words of the command line, never by an override.
+FIXED = {
     "preset": "use --preset {value}",
     "recipe": "the recipe goes with the method",
     "method": "the method is the first word: vlx COMMAND {value}",
@@ -59,9 +59,9 @@ def check_override(override: Override, known: Mapping[str, Any]) -> None:
         return
     if is_hydra_key(key):
         raise ConfigError(f"'{text}': Hydra's own keys (hydra/launcher, ...) go with -m")
-    if key in _FIXED:
+    if key in FIXED:
         value = text.split("=", 1)[1]
-        raise ConfigError(f"'{text}' cannot be set: {_FIXED[key].format(value=value)}")
+        raise ConfigError(f"'{text}' cannot be set: {FIXED[key].format(value=value)}")
     if key.startswith("teacher.") and key not in known:
         _check_teacher(key, known)
     if key == "teacher" and key in known and not text.endswith("=null"):
@@ -85,7 +85,8 @@ def _check_group(override: Override, text: str, known: Mapping[str, Any]) -> Non
         raise ConfigError(f"'{text}': write {group}=NAME, or +encoder@teacher=NAME for a teacher")
     value = None if override.is_sweep_override() else override.value()
     if not override.is_sweep_override() and not isinstance(value, str):
-        raise ConfigError(f"'{text}' must be one of {', '.join(group_options(group))}")
+        models = ", or a model of timm" if group == "encoder" else ""
+        raise ConfigError(f"'{text}' must be one of {', '.join(group_options(group))}{models}")
 
 
 def _check_teacher(key: str, known: Mapping[str, Any]) -> None:
@@ -102,5 +103,5 @@ def _refuse(key: str, known: Mapping[str, Any], groups: Sequence[str]) -> None:
     below = [name for name in known if name.startswith(f"{key}.")]
     if below:
         raise ConfigError(f"'{key}' is a section; set one of its keys, e.g. {below[0]}")
-    names = [name for name in known if name not in _FIXED]
+    names = [name for name in known if name not in FIXED]
     raise ConfigError(f"unknown key '{key}'. {nearest(key, [*names, *groups])}".rstrip())

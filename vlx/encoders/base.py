@@ -110,8 +110,8 @@ class VisionEncoder(nn.Module):
     def check_hooks(self) -> None:
         """Raise `UnsupportedBlock` unless hooks can act inside this model."""
         raise UnsupportedBlock(
-            f"{type(self).__name__} has no blocks that hooks can act in: use a plain ViT, e.g. "
-            "encoder.name=deit_small_patch16_224"
+            f"{type(self.backbone).__name__} is not a plain ViT, in whose blocks tokens can be "
+            "reduced: use e.g. encoder=deit_small_patch16_224"
         )
 
     def classify(self, out: EncoderOut) -> Tensor:

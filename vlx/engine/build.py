@@ -15,6 +15,8 @@ from vlx.encoders.build import EncoderBuilder
 from vlx.engine.config import RunConfig
 from vlx.engine.parallel import Parallel
 
+_SOME_CLASSES = 1000
+
 
 def trainable(slug: str) -> type[Trainable]:
     """The method's class; `ConfigError` for a method without a training step."""
@@ -26,15 +28,28 @@ def trainable(slug: str) -> type[Trainable]:
 
 def build_method(cfg: RunConfig, source: Source, *, load_weights: bool) -> Trainable:
     """The method with the weights of `cfg.seed`, or those that the config names."""
+    torch.manual_seed(cfg.seed)
+    return _build(cfg, source.info.num_classes, load_weights=load_weights)
+
+
+def check_build(cfg: RunConfig) -> None:
+    """Raise what building the method raises, without memory, weights or data.
+
+    Its classes are not known yet, so that any number stands for them.
+    """
+    with torch.device("meta"):
+        _build(cfg, _SOME_CLASSES, load_weights=False)
+
+
+def _build(cfg: RunConfig, num_classes: int, *, load_weights: bool) -> Trainable:
     cls = trainable(cfg.slug)
     if cls.couples_batch and cfg.train.accumulate > 1:
         raise ConfigError(
             f"train.accumulate={cfg.train.accumulate}: a loss of {cfg.slug} compares the "
             "samples of a batch, so micro-batches would change it. Use train.accumulate=1"
         )
-    torch.manual_seed(cfg.seed)
     roles = {"encoder": cfg.encoder, "teacher": cfg.teacher}
-    builder = EncoderBuilder(roles, source.info.num_classes, load_weights=load_weights)
+    builder = EncoderBuilder(roles, num_classes, load_weights=load_weights)
     return cls(cfg.method, builder)
 
 

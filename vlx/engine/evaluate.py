@@ -46,6 +46,7 @@ def run_evaluators(
     metrics: list[Metric] = []
     pictures: list[Path] = []
     counts: dict[str, list[int]] = {}
+    subject.weights = weights
     for name in names:
         chosen = evaluator(name)
         lacking = [kind.__name__ for kind in chosen.requires if not subject.has(kind)]

@@ -89,7 +89,7 @@ def _evaluate(run_dir: Path, cfg: RunConfig, parallel: Parallel, record: rundir.
     for name in cfg.eval.at_end:
         if evaluator(name).needs_labels and not info.num_classes:
             raise DataError(f"{info.name} has no labels, which {name} needs")
-    subject, module = build_subject(cfg)
+    subject, module = build_subject(cfg, info.num_classes)
     module.to(parallel.device).eval()
     outcome = run_evaluators(
         cfg.eval.at_end,
@@ -140,8 +140,12 @@ def _results(run_dir: Path, cfg: RunConfig, record: rundir.RunRecord, outcome: O
     )
 
 
-def build_subject(cfg: RunConfig, *, load_weights: bool = True) -> tuple[Subject, nn.Module]:
+def build_subject(
+    cfg: RunConfig, num_classes: int, *, load_weights: bool = True
+) -> tuple[Subject, nn.Module]:
     """What `encoder.checkpoint` holds, for the evaluators of `eval.at_end`.
+
+    num_classes: of the data, for a run's classifier.
 
     A plain encoder where its features are enough. An evaluator that needs more of a method (a
     decoder that repaints) takes the whole method of a run directory.
@@ -161,7 +165,7 @@ def build_subject(cfg: RunConfig, *, load_weights: bool = True) -> tuple[Subject
         )
     trained = run_config(read_config(run))
     roles = {"encoder": replace(cfg.encoder, checkpoint=None), "teacher": trained.teacher}
-    builder = EncoderBuilder(roles, num_classes=0, load_weights=False)
+    builder = EncoderBuilder(roles, num_classes, load_weights=False)
     method = registry.load(trained.slug)(trained.method, builder)
     if load_weights:
         try:

@@ -30,6 +30,8 @@ class Subject:
     def __init__(self, name: str, capabilities: tuple[Capability, ...]) -> None:
         self.name = name
         self.capabilities = capabilities
+        self.weights = "trained"
+        """As `results.json` calls them: trained, untrained or ema."""
         self.features: dict[str, Features] = {}
         """By split; a subject's weights do not change, so evaluators share them."""
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlx.core.capability import ClassLogits, ReducedTokens
@@ -22,8 +23,6 @@ _ROUNDS = 7
 _SECONDS = 6.0
 """Of measuring for one batch size; at least three rounds are measured whatever they take."""
 _PICTURES = 6
-_CLEAR_PEAK = Path("/proc/self/clear_refs")
-_STATUS = Path("/proc/self/status")
 
 
 class TokenCosts:
@@ -32,8 +31,10 @@ class TokenCosts:
     GMACs: torch's FLOP counter, one image, matrix products and convolutions. images/s: medians
     of alternating rounds after a warm-up of each, for every batch size of `eval.speed_batches`,
     with the weights and the precision of the run, the process's threads and device. Peak memory:
-    above what was held before, of one forward pass of the largest batch (on a CPU by the process's
-    high-water mark, where Linux lets it be reset).
+    of torch's tensors above what was held before, in one forward pass of the largest batch, from
+    the allocator's own count (what oneDNN and BLAS hold for themselves is not in it).
+
+    Untrained weights cost what trained ones do, so that of them the accuracy alone is measured.
     """
 
     name = "tokens"
@@ -51,10 +52,15 @@ class TokenCosts:
         def note(name: str, value: float, unit: str) -> None:
             found.metrics[name], found.units[name] = value, unit
 
+        info = data.source("test").info
+        found.split, found.num_samples = f"{info.name}/{info.split}", len(data.source("test"))
         for kind, forward in kinds.items():
             if kind == "reduced" or model.trained_plain:
                 self._accuracy(forward, data, kind, note)
-            note(f"gmacs/{kind}", gmacs(forward, side, device), "GMACs of one image")
+        if subject.weights == "untrained":
+            return found
+        for kind, forward in kinds.items():
+            note(f"gmacs/{kind}", gmacs(forward, side, device), "GMACs/image")
         for size in data.cfg.speed_batches:
             images = torch.rand(size, 3, side, side, device=device)
             calls = [partial(forward, images) for forward in kinds.values()]
@@ -64,13 +70,9 @@ class TokenCosts:
         if data.cfg.speed_batches:
             images = torch.rand(max(data.cfg.speed_batches), 3, side, side, device=device)
             for kind, forward in kinds.items():
-                peak = peak_memory(partial(forward, images), device)
-                if peak is not None:
-                    note(f"peak-memory/{kind}", peak, "MiB")
+                note(f"peak-memory/{kind}", peak_memory(partial(forward, images), device), "MiB")
         for where, counts in model.token_counts().items():
             found.lists[f"tokens-in-{where}"] = counts
-        info = data.source("test").info
-        found.split, found.num_samples = f"{info.name}/{info.split}", len(data.source("test"))
         found.pictures = self._pictures(model, data)
         return found
 
@@ -139,25 +141,23 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def peak_memory(call: Callable[[], object], device: torch.device) -> float | None:
-    """MiB that one call needs above what is held already; None where it cannot be measured."""
+def peak_memory(call: Callable[[], object], device: torch.device) -> float:
+    """MiB of tensors that one call holds at most, above what is held already."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         call()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    try:
-        _CLEAR_PEAK.write_text("5")  # Linux: reset VmHWM to what is resident now
-        before = _resident("VmRSS")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes on the terminal
+    with profile(profile_memory=True) as profiled:
         call()
-        return (_resident("VmHWM") - before) / 1024
-    except (OSError, ValueError):
-        return None
-
-
-def _resident(field: str) -> float:
-    """A field of /proc/self/status, in KiB."""
-    for line in _STATUS.read_text().splitlines():
-        if line.startswith(field + ":"):
-            return float(line.split()[1])
-    raise ValueError(field)
+    assert profiled is not None
+    assert profiled.kineto_results is not None
+    held = peak = 0
+    # Every allocation (> 0) and release (< 0) of torch's allocator, temporaries of kernels too.
+    events = profiled.kineto_results.events()
+    changes = [event for event in events if event.name() == "[memory]"]
+    for change in sorted(changes, key=lambda event: event.start_ns()):
+        held += change.nbytes()  # type: ignore[attr-defined] - its stub leaves this out
+        peak = max(peak, held)
+    return peak / 2**20

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vlx.blocks.vit_block import BlockHook, Signal, Signals, TokenReducer
 from vlx.core.capability import Capability, ReducedTokens
 from vlx.core.config import ClassifierConfig
+from vlx.core.errors import ConfigError
 from vlx.core.method import Builder
 from vlx.encoders.base import EncoderFeatures, EncoderSpec, VisionEncoder
 from vlx.families.classifier import Classifier, Logits
@@ -27,7 +28,7 @@ class ReducedClassifier(Classifier):
         self.encoder.check_hooks()
         self.reducer = self.build_reducer(self.encoder.spec)
         spec = self.encoder.spec
-        self.reducer.plan(spec.num_patches, spec.num_prefix, spec.depth)  # refuses what cannot be
+        check_plan(self.reducer, spec)
 
     def build_reducer(self, spec: EncoderSpec) -> TokenReducer:
         """The paper's reducer for an encoder of these sizes."""
@@ -42,6 +43,17 @@ class ReducedClassifier(Classifier):
     def exports(self) -> tuple[Capability, ...]:
         features = EncoderFeatures(self.encoder, self.reducer)
         return Logits(self), features, Reduction(self.encoder, self.reducer)
+
+
+def check_plan(reducer: TokenReducer, spec: EncoderSpec) -> None:
+    """Raise `ConfigError` for what the plan refuses, and for a layer without a patch token."""
+    plan = reducer.plan(spec.num_patches, spec.num_prefix, spec.depth)
+    for layer, tokens in enumerate(plan):
+        if min(tokens) <= spec.num_prefix:
+            raise ConfigError(
+                f"{type(reducer).__name__} leaves no patch token in layer {layer} of {spec.depth}: "
+                "let it keep more"
+            )
 
 
 class Reduction(ReducedTokens):
