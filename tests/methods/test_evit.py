@@ -142,8 +142,12 @@ def test_the_keep_rate_falls_along_a_cosine_and_a_step_sets_it() -> None:
     assert method.keep_rate_at(110) == method.keep_rate_at(300) == cfg.keep_rate
     side = config("evit").encoder.image_size
     batch = {"image": torch.rand(4, 3, side, side), "label": torch.arange(4)}
+    used = []
+    logits = method.class_logits
+    method.class_logits = lambda images: (used.append(method.reducer.keep_rate), logits(images))[1]
     method.step(batch, context(step=600))  # ten steps an epoch: epoch 60
-    assert method.reducer.keep_rate == pytest.approx((1 + cfg.keep_rate) / 2)
+    assert used == [pytest.approx((1 + cfg.keep_rate) / 2)]
+    assert method.reducer.keep_rate == cfg.keep_rate  # what an evaluation measures
 
 
 def test_no_graph_breaks_under_compile() -> None:
@@ -168,6 +172,13 @@ def test_a_keep_rate_outside_its_range_is_refused(keep_rate: float) -> None:
 def test_a_layer_past_the_depth_is_refused_before_anything_runs() -> None:
     with pytest.raises(ConfigError, match=r"reduction_layers=\[1, 12\].*12 layers"):
         Reorganization(0.5, [1, 12], True).plan(196, 1, 12)
+    with pytest.raises(ConfigError, match=r"reduction_layers=\[-1\]"):
+        Reorganization(0.5, [-1], True).plan(196, 1, 12)
+
+
+def test_the_default_layers_follow_the_depth() -> None:
+    method = build("evit", "paper")
+    assert method.reducer.layers == {3, 6, 9}
 
 
 def test_the_random_baseline_keeps_as_many_in_their_order() -> None:

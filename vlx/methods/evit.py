@@ -4,14 +4,15 @@ In three layers the patch tokens are ranked by the attention that the class toke
 best share stays, and the rest is fused into one token, their sum weighted by that attention.
 
 B batch, N tokens with the class token, H heads, L tokens kept.
-Departures: with more prefix tokens than the class token, all are kept and only the class token
-ranks (the reference's code for a distillation token is unfinished).
+Departures: evaluation during training uses the final keep rate, not the schedule's; with more
+prefix tokens than the class token, all are kept and only the class token ranks (the reference's
+code for a distillation token is unfinished).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -55,8 +56,9 @@ class Ranking(Enum):
 class EvitConfig(ClassifierConfig):
     keep_rate: float = 0.7
     """Share of the patch tokens that each reduction keeps, (0, 1]. Paper tables: 0.5 to 0.9."""
-    reduction_layers: list[int] = field(default_factory=lambda: [3, 6, 9])
-    """Layers that reduce, 0 = first. Official code, 12 layers: 3, 6, 9."""
+    reduction_layers: list[int] | None = None
+    """Layers that reduce, 0 = first; null: a quarter, half and three quarters of the depth, which
+    are the official code's 3, 6 and 9 of 12."""
     fuse: bool = True
     """Sum the tokens left out into one more, weighted by attention; otherwise drop them."""
     ranking: Ranking = Ranking.attention
@@ -103,7 +105,7 @@ class Reorganization(TokenReducer):
         return _append_fused(left, extra)
 
     def plan(self, num_patches: int, num_prefix: int, depth: int) -> list[LayerTokens]:
-        if max(self.layers, default=0) >= depth:
+        if not all(0 <= layer < depth for layer in self.layers):
             raise ConfigError(
                 f"method.reduction_layers={sorted(self.layers)}: the encoder has {depth} layers, "
                 f"0 to {depth - 1}"
@@ -158,12 +160,17 @@ class Evit(ReducedClassifier):
     reducer: Reorganization
 
     def build_reducer(self, spec: EncoderSpec) -> Reorganization:
-        cfg = self.cfg
-        return REDUCERS[cfg.ranking](cfg.keep_rate, cfg.reduction_layers, cfg.fuse)
+        cfg, layers = self.cfg, self.cfg.reduction_layers
+        if layers is None:
+            layers = [spec.depth * quarter // 4 for quarter in (1, 2, 3)]
+        return REDUCERS[cfg.ranking](cfg.keep_rate, layers, cfg.fuse)
 
     def step(self, batch: Batch, ctx: StepContext) -> StepOutput:
         self.reducer.keep_rate = self.keep_rate_at(ctx.epoch)
-        return super().step(batch, ctx)
+        try:
+            return super().step(batch, ctx)
+        finally:  # evaluation is of the rate that was asked for
+            self.reducer.keep_rate = self.cfg.keep_rate
 
     def keep_rate_at(self, epoch: float) -> float:
         """1 until the start, then down a half cosine to `keep_rate` (official code)."""
