@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import pytest
 import timm
 import torch
@@ -21,16 +23,22 @@ def create(name: str, **arguments) -> nn.Module:
         return timm.create_model(name, **arguments).eval()
 
 
+@lru_cache
+def unchanged(name: str) -> nn.Module:
+    """One for all tests that leave it as it is."""
+    return create(name)
+
+
 def images_for(model: nn.Module) -> torch.Tensor:
     return torch.empty(2, *model.pretrained_cfg["input_size"], device="meta")  # type: ignore
 
 
 @torch.no_grad()
 def test_features_and_head_make_the_logits(name: str) -> None:
-    model = create(name, num_classes=7)
+    model = unchanged(name)
     images = images_for(model)
     features = model.forward_features(images)  # type: ignore[operator]
-    assert model.forward_head(features).shape == model(images).shape == (2, 7)  # type: ignore
+    assert model.forward_head(features).shape == model(images).shape == (2, 1000)  # type: ignore
     hidden = model.forward_head(features, pre_logits=True)  # type: ignore[operator]
     assert hidden.shape == (2, model.head_hidden_size)
     assert model.num_features in (features.shape[1], features.shape[-1])
@@ -52,7 +60,7 @@ def test_the_classifier_can_be_replaced_and_left_out(name: str) -> None:
 
 @torch.no_grad()
 def test_features_only_gives_the_maps_that_feature_info_promises(name: str) -> None:
-    whole = create(name)
+    whole = unchanged(name)
     model = create(name, features_only=True)
     images = images_for(whole)
     maps = model(images)
@@ -67,7 +75,7 @@ def test_features_only_gives_the_maps_that_feature_info_promises(name: str) -> N
 
 @torch.no_grad()
 def test_intermediates_end_in_the_features(name: str) -> None:
-    model = create(name)
+    model = unchanged(name)
     images = images_for(model)
     last, maps = model.forward_intermediates(images, indices=1)  # type: ignore[operator]
     assert len(maps) == 1
@@ -75,14 +83,14 @@ def test_intermediates_end_in_the_features(name: str) -> None:
 
 
 def test_what_is_not_decayed_exists(name: str) -> None:
-    model = create(name)
+    model = unchanged(name)
     names = {key for key, _ in model.named_parameters()}
     known = {"reg_token", "dist_token"}  # timm's ViT names these whether it has them or not
     assert model.no_weight_decay() - known <= names  # type: ignore[operator]
 
 
 def test_the_registry_knows_it(name: str) -> None:
-    create(name)
+    unchanged(name)
     assert timm.is_model(name)
     cfg = timm.get_pretrained_cfg(name)
     assert cfg is not None
