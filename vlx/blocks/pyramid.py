@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from timm.layers.weight_init import trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from vlx.blocks.timm_model import build_model
 from vlx.core.errors import ConfigError
 from vlx.ops.tokens import map_to_tokens
 
@@ -132,26 +132,7 @@ def check_stages(model: str, **by_stage: Sequence[object]) -> None:
         raise ConfigError(f"{model} needs as many of each as it has stages, got {found}")
 
 
-def default_cfgs(names: Sequence[str], size: int = 224, **more: Any) -> Any:
-    """timm's metadata of models without published weights; mean and std are ImageNet's."""
-    cfg = {
-        "input_size": (3, size, size),
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "interpolation": "bicubic",
-        "classifier": "head",
-        **more,
-    }
-    return generate_default_cfgs({f"{name}.untrained": dict(cfg) for name in names})
-
-
 def build_pyramid(cls: type[Pyramid], name: str, pretrained: bool, **arguments: Any) -> Any:
-    """An entry of timm's registry: `timm.create_model(name, features_only=True)` works too."""
-    stages = len(arguments["embed_dims"])
-    return build_model_with_cfg(
-        cls,
-        name,
-        pretrained,
-        feature_cfg={"out_indices": tuple(range(stages)), "feature_cls": "getter"},
-        **arguments,
-    )
+    """An entry of timm's registry: the model, or the maps of all its stages."""
+    features = tuple(range(len(arguments["embed_dims"])))
+    return build_model(cls, name, pretrained, features=features, **arguments)

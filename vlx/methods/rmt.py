@@ -29,7 +29,7 @@ from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 
 from vlx.blocks.init import trunc_normal_init
 from vlx.blocks.pyramid import Pyramid, build_pyramid, check_stages
-from vlx.blocks.pyramid import default_cfgs as cfgs_of
+from vlx.blocks.timm_model import default_cfgs as cfgs_of
 from vlx.core.config import StagesConfig
 from vlx.core.errors import ConfigError
 from vlx.core.paper import Paper
