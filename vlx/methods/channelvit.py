@@ -234,7 +234,8 @@ class ChannelVitClassifier(Classifier):
     @classmethod
     def needs(cls, cfg: ChannelVitConfig) -> Needs:
         jitter = ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, p=cfg.jitter)
-        view = ViewSpec("image", ops=(*training_view(cfg), jitter))
+        crop, flip, *others = training_view(cfg)
+        view = ViewSpec("image", ops=(crop, flip, jitter, *others))
         return Needs(views=(view,), fields=(LABEL,))
 
     def subset_logits(self, images: Tensor, channels: Tensor) -> Tensor:
