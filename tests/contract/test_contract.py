@@ -291,7 +291,7 @@ def test_paper_preset_matches_the_published_size(slug: str, what: str) -> None:
     published = paper.trainable_params if what == "params" else paper.gmacs
     if published is None:
         pytest.skip(f"no published {what}")
-    report = measure(config(slug, "paper"))
+    report = measure(config(slug, "paper"), paper.num_classes)
     if what == "params":
         assert report.trainable_params == published
     else:

@@ -242,6 +242,18 @@ def test_average_equals_the_hand_computed_one() -> None:
     torch.testing.assert_close(ema.shadow["weight"], expected)
 
 
+def test_what_a_batch_norm_has_seen_is_averaged_with_its_weights() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2).requires_grad_(False))
+    ema = Ema(model, 0.5)
+    model(torch.full((4, 2), 8.0))  # the running mean goes a tenth of the way to 8
+    ema.update()
+    assert ema.shadow.keys() == {"0.weight", "0.bias", "0.running_mean", "0.running_var"}
+    torch.testing.assert_close(ema.shadow["0.running_mean"], torch.full((2,), 0.4))
+    with ema.swapped():
+        torch.testing.assert_close(model[0].running_mean, torch.full((2,), 0.4))
+    torch.testing.assert_close(model[0].running_mean, torch.full((2,), 0.8))
+
+
 def test_lamb_resumes_its_step_count(probe: TinyProbe) -> None:
     """timm keeps it in the group: without it the bias correction would start anew."""
     from vlx.engine.checkpoint import load_optimizer, optimizer_tensors

@@ -17,6 +17,18 @@ def xavier_init(module: nn.Module) -> None:
             nn.init.zeros_(part.bias)
 
 
+def xavier_normal_init(module: nn.Module) -> None:
+    """Linear and convolution Xavier-normal with zero bias, LayerNorm 1 and 0; in place."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Conv2d):
+            nn.init.xavier_normal_(part.weight.data.view(len(part.weight), -1))
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.LayerNorm) and part.elementwise_affine:
+            nn.init.ones_(part.weight)
+            nn.init.zeros_(part.bias)
+
+
 def trunc_normal_init(module: nn.Module) -> None:
     """BEiT's and DINO's scheme: Linear truncated normal 0.02, zero bias, LayerNorm 1 and 0."""
     for part in module.modules():

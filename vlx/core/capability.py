@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -39,6 +40,17 @@ class ClassLogits(Capability):
     @abstractmethod
     def class_logits(self, images: Tensor) -> Tensor:
         """images: (B, 3, H, W), RGB in 0..1. Returns (B, C)."""
+
+
+class ChannelSubsets(Capability):
+    """Classifies images of which only some channels are there."""
+
+    num_channels: int
+
+    @abstractmethod
+    def subset_logits(self, images: Tensor, channels: Sequence[int]) -> Tensor:
+        """images: (B, C, H, W), RGB in 0..1; channels: those that may be used. Returns (B, K) of
+        K classes."""
 
 
 class ReducedTokens(Capability):

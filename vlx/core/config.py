@@ -44,3 +44,17 @@ class ClassifierConfig(MethodConfig):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
                 raise ConfigError(f"method.{name}={value} must lie in 0..1")
+
+
+@dataclass(kw_only=True)
+class StagesConfig(ClassifierConfig):
+    """What a method adds whose backbone has stages: their sizes, one entry a stage."""
+
+    stage_dims: list[int] | None = None
+    """Width of each stage; null keeps the model's own."""
+    stage_depths: list[int] | None = None
+    """Blocks of each stage; null keeps the model's own."""
+    stage_heads: list[int] | None = None
+    """Attention heads of each stage; null keeps the model's own."""
+    stage_strides: list[int] | None = None
+    """By how much each stage shrinks its map; null keeps the model's own."""

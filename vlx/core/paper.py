@@ -29,6 +29,8 @@ class Paper:
     gmacs: float | None = None
     """Multiply-accumulates of one training forward of one sample, in 1e9; for a method that reduces
     tokens, of one image at inference."""
+    num_classes: int = 1000
+    """Classes that these two figures count."""
     backbones: tuple[str, ...] = ()
     """Names under which the module registers models with timm; `encoder.name` finds them."""
     sweep: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""An exponential moving average of the trainable weights."""
+"""An exponential moving average of the trainable weights and of what batch norms have seen."""
 
 from __future__ import annotations
 
@@ -10,18 +10,27 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """Shadow copies by parameter name; sharded parameters keep sharded shadows."""
+    """Shadow copies by name; sharded parameters keep sharded shadows.
+
+    The running statistics of trained batch norms are averaged too: those of the newest weights do
+    not fit averaged ones.
+    """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.params = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        params = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        self.num_params = len(params)
+        self.params: dict[str, Tensor] = params | running_statistics(module)
         self.shadow: dict[str, Tensor] = {n: p.detach().clone() for n, p in self.params.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """shadow = decay * shadow + (1 - decay) * weights."""
         shadow, params = list(self.shadow.values()), list(self.params.values())
-        torch._foreach_lerp_(shadow, params, 1 - self.decay)  # pyright: ignore
+        # Statistics are never sharded, and one call takes no mixture.
+        for part in (slice(0, self.num_params), slice(self.num_params, None)):
+            if params[part]:
+                torch._foreach_lerp_(shadow[part], params[part], 1 - self.decay)  # pyright: ignore
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
@@ -44,6 +53,18 @@ class Ema:
             kept = param.detach().clone()
             param.copy_(self.shadow[name])
             self.shadow[name].copy_(kept)
+
+
+def running_statistics(module: nn.Module) -> dict[str, Tensor]:
+    """Means and variances of the batch norms that have something to train, by name."""
+    found: dict[str, Tensor] = {}
+    for name, part in module.named_modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and any(
+            param.requires_grad for param in part.parameters()
+        ):
+            for key in ("running_mean", "running_var"):
+                found[f"{name}.{key}"] = getattr(part, key)
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def copy_full(target: Tensor, value: Tensor) -> None:

@@ -11,7 +11,7 @@ from vlx.core.capability import Capability, ClassLogits
 from vlx.core.config import ClassifierConfig
 from vlx.core.errors import ConfigError
 from vlx.core.fields import LABEL, Batch, Needs, ViewOp, ViewSpec
-from vlx.core.method import Builder, StepContext, StepOutput, Trainable
+from vlx.core.method import Builder, ParamGroup, StepContext, StepOutput, Trainable
 from vlx.ops.augment import HorizontalFlip, RandomCrop, RandomErasing, RandomResizedCrop
 from vlx.ops.mixing import Mixing, Mixture, soft_target_cross_entropy
 from vlx.ops.rand_augment import RandAugment
@@ -52,6 +52,20 @@ class Classifier(Trainable):
         with torch.device("cpu"):  # a dry run sets another default
             mixture = self.mixing.draw(generator) if self.training else Mixture()
         return self.mixing.apply(images, labels, self.num_classes, mixture)
+
+    def param_groups(self) -> list[ParamGroup]:
+        """As `Trainable`'s; what timm's models list in `no_weight_decay` is not decayed either:
+        position tables, class tokens (DeiT's recipe)."""
+        exempt = {
+            f"{name}.{key}"
+            for name, part in self.named_modules()
+            if hasattr(part, "no_weight_decay")
+            for key in part.no_weight_decay()  # pyright: ignore
+        }
+        decay, no_decay = super().param_groups()
+        no_decay.params += [(name, param) for name, param in decay.params if name in exempt]
+        decay.params = [(name, param) for name, param in decay.params if name not in exempt]
+        return [decay, no_decay]
 
     def exports(self) -> tuple[Capability, ...]:
         return (Logits(self),)
