@@ -66,6 +66,11 @@ class StepContext:
         seed = random.step_seed(self.seed, self.step, self.sample_offset, salt)
         return torch.Generator("cpu").manual_seed(seed)
 
+    def shared_generator(self, stream: str) -> torch.Generator:
+        """As `cpu_generator`, but the same on every process and in every micro-batch of a step."""
+        seed = random.step_seed(self.seed, self.step, 0, zlib.crc32(stream.encode()))
+        return torch.Generator("cpu").manual_seed(seed)
+
     def _keys(self, like: Tensor, stream: str) -> Tensor:
         rows = torch.arange(like.shape[0], device=like.device) + self.sample_offset
         return random.key(rows, self.seed, self.step, stream)

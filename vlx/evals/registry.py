@@ -16,6 +16,7 @@ EVALUATORS: dict[str, tuple[str, str, str]] = {
     "linear-probe": ("probe", "LinearProbe", "logistic regression on frozen features"),
     "classification": ("classification", "Classification", "accuracy of a classifier's own head"),
     "tokens": ("tokens", "TokenCosts", "GMACs, images/s and memory with fewer tokens"),
+    "budgets": ("budgets", "BudgetCurve", "accuracy and cost of one model at each budget"),
     "reconstruction": ("reconstruction", "ReconstructionGrid", "a picture of repainted images"),
 }
 

@@ -84,7 +84,7 @@ class TokenCosts:
         info = data.source("test").info
         if not info.num_classes:
             return
-        hits = count_hits(_Forward(forward), data.pipeline("test"), info.num_classes)
+        hits = count_hits(Forward(forward), data.pipeline("test"), info.num_classes)
         note(f"top1/{kind}", float(hits[:, 0].sum() / hits[:, 2].sum()), "share")
 
     @staticmethod
@@ -101,7 +101,9 @@ class TokenCosts:
         return {"tokens": grid(rows, titles)}
 
 
-class _Forward(ClassLogits):
+class Forward(ClassLogits):
+    """Any function to class logits as the capability."""
+
     def __init__(self, forward: Callable[[Tensor], Tensor]) -> None:
         self.forward = forward
 
