@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from vlx.core.capability import ClassLogits, ReducedTokens
 from vlx.evals.base import EvalData, Evaluation, Subject
@@ -113,9 +113,15 @@ class Forward(ClassLogits):
 
 def gmacs(forward: Callable[[Tensor], Tensor], side: int, device: torch.device) -> float:
     """1e9 multiply-accumulates of one image, what the reducer multiplies included."""
-    with FlopCounterMode(display=False) as counter:
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with FlopCounterMode(display=False, custom_mapping={kernel: _attention_flops}) as counter:
         forward(torch.rand(1, 3, side, side, device=device))
     return counter.get_total_flops() / 2e9
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_, **__) -> int:
+    """Of the CPU's fused attention, which torch's counter leaves out."""
+    return sdpa_flop_count(query, key, value)
 
 
 def alternate(calls: Sequence[Callable[[], object]], device: torch.device) -> list[float]:

@@ -131,6 +131,11 @@ class SemanticUnit(nn.Module):
         return signals.attn.mean(1)[..., tokens.shape[1] :]
 
 
+def reach(length: int, window: int, margin: int) -> int:
+    """Side of the square that `cut` gives, on a map of a side of `length`."""
+    return min(length, window + margin * min(length // window - 1, 2))
+
+
 def cut(x: Tensor, window: int, margin: int) -> Tensor:
     """x (B, h, w, D) in windows that overlap: (B * windows, k, k, D).
 
@@ -139,10 +144,10 @@ def cut(x: Tensor, window: int, margin: int) -> Tensor:
     """
     for axis in (1, 3):
         length = x.shape[axis]
-        count = length // window
-        size = window + margin * min(count - 1, 2)
-        firsts = [min(max(i * window - margin, 0), length - size) for i in range(count)]
-        x = torch.stack([x.narrow(axis, first, size) for first in firsts], dim=axis)
+        size = reach(length, window, margin)
+        firsts = range(-margin, length - margin, window)
+        inside = [min(max(first, 0), length - size) for first in firsts]
+        x = torch.stack([x.narrow(axis, first, size) for first in inside], dim=axis)
     # (B, rows, k, columns, k, D)
     return x.transpose(2, 3).flatten(0, 2)
 
@@ -198,10 +203,9 @@ class SemanticStage(nn.Module):
     def token_counts(self) -> dict[str, list[int]]:
         """Of every layer."""
         places, tokens, window = self.size[0] * self.size[1], self.num_tokens, self.window
-        counts = [n // window for n in self.size]
-        square = [window + MARGIN * min(n - 1, 2) for n in counts]
         local = self.token_side**2
-        keys = [window**2, local + square[0] * square[1], tokens + places, local, tokens, tokens]
+        square = reach(self.size[0], window, MARGIN) * reach(self.size[1], window, MARGIN)
+        keys = [window**2, local + square, tokens + places, local, tokens, tokens]
         units = len(self.blocks)
         return {"keys": keys * units, "mlp": [places, *[tokens] * 4, places] * units}
 
