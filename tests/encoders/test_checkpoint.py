@@ -173,18 +173,13 @@ def test_a_file_without_weights_says_so(tmp_path: Path, content: object) -> None
 
 
 def test_the_encoder_of_a_run_with_another_backbone_is_found(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    from vlx.encoders.build import EncoderBuilder
-    from vlx.encoders.config import EncoderConfig
-
-    def build(checkpoint: str | None):
+    def build_resnet(checkpoint: str | None):
         cfg = EncoderConfig(name="resnet18", image_size=32, checkpoint=checkpoint)
         return EncoderBuilder({"encoder": cfg}, 0).vision()
 
-    trained = build(None)
+    trained = build_resnet(None)
     state = {f"encoder.{name}": value for name, value in trained.state_dict().items()}
     save_file(state, tmp_path / "model.safetensors")
-    loaded = build(str(tmp_path)).state_dict()
+    loaded = build_resnet(str(tmp_path)).state_dict()
     for name, value in trained.state_dict().items():
         assert torch.equal(loaded[name], value), name

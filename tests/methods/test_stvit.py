@@ -340,12 +340,12 @@ def swin_method(**method) -> Stvit:
         heads=None,
     )  # fmt: skip
     builder = EncoderBuilder({"encoder": encoder}, 10, load_weights=False)
-    original = Stvit.backbone_arguments
 
     class Small(Stvit):
-        def backbone_arguments(self):  # type: ignore[override]
+        @classmethod
+        def encoder_arguments(cls, cfg: StvitConfig):
             sizes = {"depths": (1, 1, 6, 1), "num_heads": (1, 2, 2, 4), "window_size": 2}
-            return {**sizes, **original(self)}
+            return {**sizes, **super().encoder_arguments(cfg)}
 
     return Small(replace(StvitConfig(), **method), builder)
 

@@ -138,6 +138,12 @@ class Method(nn.Module):
         """Fields and views that `step` reads, known before anything is built."""
         raise NotImplementedError
 
+    @classmethod
+    def encoder_arguments(cls, cfg: Any) -> Mapping[str, Any]:
+        """What the config sets of the encoder's own constructor, where that is no plain ViT:
+        whoever builds a run's encoder without its method needs it too."""
+        return {}
+
     def exports(self) -> tuple[Capability, ...]:
         """What evaluators may use of the method."""
         return ()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -38,13 +37,16 @@ class FewTokenBackbone(Protocol):
 
 
 class FewTokenClassifier(Classifier):
-    """A backbone registered with timm, trained from scratch. Subclasses give its arguments."""
+    """A backbone registered with timm, trained from scratch. Subclasses say which."""
+
+    example: ClassVar[str]
+    """A name that `encoder.name` may have."""
 
     def __init__(self, cfg: ClassifierConfig, build: Builder) -> None:
         super().__init__(cfg, build)
         self.build = build
         self.encoder: VisionEncoder = build.vision(
-            num_classes=self.num_classes, arguments=self.backbone_arguments()
+            num_classes=self.num_classes, arguments=self.encoder_arguments(cfg)
         )
         if not isinstance(self.encoder.backbone, self.backbone_kinds()):
             kinds = " or ".join(kind.__name__ for kind in self.backbone_kinds())
@@ -53,15 +55,8 @@ class FewTokenClassifier(Classifier):
                 f"{kinds}, encoder.name={self.example}"
             )
 
-    example: str
-    """A name that `encoder.name` may have."""
-
     def backbone_kinds(self) -> tuple[type, ...]:
         """Classes that the backbone may have."""
-        raise NotImplementedError
-
-    def backbone_arguments(self) -> Mapping[str, Any]:
-        """What the backbone's constructor gets of the method's config."""
         raise NotImplementedError
 
     @property

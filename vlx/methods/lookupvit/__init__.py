@@ -73,8 +73,9 @@ class LookupVit(FewTokenClassifier):
     def backbone_kinds(self) -> tuple[type, ...]:
         return (LookupVisionTransformer,)
 
-    def backbone_arguments(self) -> Mapping[str, Any]:
-        return {"compressed_grid": max(self.cfg.grids), "thin_ratio": self.cfg.thin_ratio}
+    @classmethod
+    def encoder_arguments(cls, cfg: LookupVitConfig) -> Mapping[str, Any]:
+        return {"compressed_grid": max(cfg.grids), "thin_ratio": cfg.thin_ratio}
 
     @property
     def backbone(self) -> LookupVisionTransformer:

@@ -82,8 +82,8 @@ class Stvit(FewTokenClassifier):
     def backbone_kinds(self) -> tuple[type, ...]:
         return SemanticVisionTransformer, SemanticSwin
 
-    def backbone_arguments(self) -> Mapping[str, Any]:
-        cfg = self.cfg
+    @classmethod
+    def encoder_arguments(cls, cfg: StvitConfig) -> Mapping[str, Any]:
         chosen = {
             "token_side": cfg.token_side,
             "base_layers": cfg.base_layers,
