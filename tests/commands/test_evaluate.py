@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.commands.conftest import text_console, text_of
+from tests.commands.conftest import CHEAP, text_console, text_of
 from vlx.commands.start import Line, start
 from vlx.core.errors import CheckpointError, DataError, VlxError
 from vlx.core.results import Results, read_results
@@ -43,6 +43,16 @@ def test_a_file_of_encoder_weights_gives_the_same(here: Path, smoke_run: Path) -
     size = ("encoder=digits", "encoder.dim=48", "encoder.depth=2")
     results, _ = evaluate("knn", "encoder.checkpoint=encoder.safetensors", *size)
     assert results.value("knn/top1") == read_results(smoke_run).value("knn/top1")
+
+
+@pytest.mark.slow
+def test_an_encoder_is_built_as_its_method_had_built_it(here: Path) -> None:
+    """STViT's layers are the method's keys, and no weight shows them."""
+    overrides = [*CHEAP, "name=trained"]
+    line = Line(command="prune-tokens", name="stvit", preset="smoke", overrides=overrides)
+    assert start(line, text_console()) == 0
+    results, _ = evaluate("knn", "encoder.checkpoint=runs/trained")
+    assert results.value("knn/top1") == read_results(Path("runs/trained")).value("knn/top1")
 
 
 def test_the_reconstruction_of_a_run_is_drawn(here: Path, smoke_run: Path) -> None:

@@ -103,3 +103,14 @@ def test_ids_are_not_changed() -> None:
     ids = torch.arange(5)
     random.uniform(random.key(ids, 3, "x"), 2)
     assert torch.equal(ids, torch.arange(5))
+
+
+def test_what_a_step_shares_is_the_same_on_every_process() -> None:
+    from vlx.core.method import StepContext
+
+    def draw(step: int, offset: int, stream: str = "grid") -> int:
+        ctx = StepContext(step=step, total_steps=9, steps_per_epoch=3, seed=1, sample_offset=offset)
+        return int(torch.randint(10**9, (), generator=ctx.shared_generator(stream)))
+
+    assert draw(4, 0) == draw(4, 64)
+    assert len({draw(4, 0), draw(5, 0), draw(4, 0, "other")}) == 3

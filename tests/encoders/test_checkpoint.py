@@ -170,3 +170,16 @@ def test_a_file_without_weights_says_so(tmp_path: Path, content: object) -> None
     torch.save(content, tmp_path / "none.pth")
     with pytest.raises(CheckpointError, match="holds no state dict"):
         build_from(tmp_path / "none.pth")
+
+
+def test_the_encoder_of_a_run_with_another_backbone_is_found(tmp_path: Path) -> None:
+    def build_resnet(checkpoint: str | None):
+        cfg = EncoderConfig(name="resnet18", image_size=32, checkpoint=checkpoint)
+        return EncoderBuilder({"encoder": cfg}, 0).vision()
+
+    trained = build_resnet(None)
+    state = {f"encoder.{name}": value for name, value in trained.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors")
+    loaded = build_resnet(str(tmp_path)).state_dict()
+    for name, value in trained.state_dict().items():
+        assert torch.equal(loaded[name], value), name

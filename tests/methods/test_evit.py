@@ -152,7 +152,7 @@ def test_the_keep_rate_falls_along_a_cosine_and_a_step_sets_it() -> None:
 
 def test_no_graph_breaks_under_compile() -> None:
     method = build("evit").eval()
-    images = torch.rand(2, 3, 8, 8)
+    images = torch.rand(2, 3, 32, 32)
     compiled = torch.compile(method.class_logits, fullgraph=True)  # type: ignore[attr-defined]
     with torch.no_grad():
         torch.testing.assert_close(

@@ -194,7 +194,7 @@ def test_gradient_reaches_the_tokens_that_were_merged_away() -> None:
 
 def test_no_graph_breaks_under_compile() -> None:
     method = build("tome").eval()
-    images = torch.rand(2, 3, 8, 8)
+    images = torch.rand(2, 3, 32, 32)
     compiled = torch.compile(method.class_logits, fullgraph=True)  # type: ignore[attr-defined]
     with torch.no_grad():
         torch.testing.assert_close(

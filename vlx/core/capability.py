@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -81,3 +81,14 @@ class ReducedTokens(Capability):
         Returns (title, (B, P) int64) of chosen layers: patches of one token share a number, -1 is
         a patch that no token of its own carries any more.
         """
+
+
+class Budgets(Capability):
+    """One classifier whose cost is chosen at the time of use."""
+
+    image_size: int
+    """Side of the images that it takes, in pixels."""
+
+    @abstractmethod
+    def budgets(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """By the budget's name: images (B, 3, H, W), RGB in 0..1, to class logits (B, C)."""

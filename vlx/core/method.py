@@ -66,6 +66,11 @@ class StepContext:
         seed = random.step_seed(self.seed, self.step, self.sample_offset, salt)
         return torch.Generator("cpu").manual_seed(seed)
 
+    def shared_generator(self, stream: str) -> torch.Generator:
+        """As `cpu_generator`, but the same on every process and in every micro-batch of a step."""
+        seed = random.step_seed(self.seed, self.step, 0, zlib.crc32(stream.encode()))
+        return torch.Generator("cpu").manual_seed(seed)
+
     def _keys(self, like: Tensor, stream: str) -> Tensor:
         rows = torch.arange(like.shape[0], device=like.device) + self.sample_offset
         return random.key(rows, self.seed, self.step, stream)
@@ -132,6 +137,12 @@ class Method(nn.Module):
     def needs(cls, cfg: Any) -> Needs:
         """Fields and views that `step` reads, known before anything is built."""
         raise NotImplementedError
+
+    @classmethod
+    def encoder_arguments(cls, cfg: Any) -> Mapping[str, Any]:
+        """What the config sets of the encoder's own constructor, where that is no plain ViT:
+        whoever builds a run's encoder without its method needs it too."""
+        return {}
 
     def exports(self) -> tuple[Capability, ...]:
         """What evaluators may use of the method."""

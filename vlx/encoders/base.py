@@ -25,11 +25,13 @@ class EncoderSpec:
     num_prefix: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    side: int | None = None
+    """Rows and columns of the final tokens, where the patch size does not give them."""
 
     @property
     def grid(self) -> tuple[int, int]:
         """Patches as (rows, columns)."""
-        side = self.image_size // self.patch_size
+        side = self.side or self.image_size // self.patch_size
         return side, side
 
     @property

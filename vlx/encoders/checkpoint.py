@@ -17,7 +17,7 @@ log = logging.getLogger("vlx")
 
 # Keys of published files that are not the encoder's: decoders, heads, momentum copies.
 _NOT_ENCODER = ("decoder", "mask_token", "head.", "fc_norm.", "mimic", "teacher.", "momentum")
-_PREFIXES = ("encoder.vit.", "vit.", "module.", "backbone.", "encoder.")
+_PREFIXES = ("encoder.vit.", "encoder.model.", "vit.", "module.", "backbone.", "encoder.")
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

@@ -60,6 +60,7 @@ class TimmBackbone(VisionEncoder):
             num_prefix=self.num_prefix,
             mean=tuple(cfg.mean),
             std=tuple(cfg.std),
+            side=side,
         )
         self.set_statistics(cfg.mean, cfg.std)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -155,7 +156,7 @@ def build_subject(
         raise ConfigError("encoder.checkpoint is null: give a run directory or a file")
     if all(kind is ImageFeatures for name in cfg.eval.at_end for kind in evaluator(name).requires):
         builder = EncoderBuilder({"encoder": cfg.encoder}, num_classes=0, load_weights=load_weights)
-        encoder = builder.vision("encoder")
+        encoder = builder.vision("encoder", arguments=_own_arguments(cfg.encoder.name, path))
         return Subject(path, (EncoderFeatures(encoder),)), encoder
     run = Path(path).expanduser()
     if not (run / rundir.CONFIG_FILE).is_file():
@@ -174,3 +175,14 @@ def build_subject(
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{run} does not fit its method: {reason[:300]}") from error
     return Subject(trained.slug, method.exports()), method
+
+
+def _own_arguments(name: str, path: str) -> Mapping[str, Any]:
+    """What the method of a run gave the encoder `name`, where `path` is such a run."""
+    run = Path(path).expanduser()
+    if not (run / rundir.CONFIG_FILE).is_file():
+        return {}
+    trained = run_config(read_config(run))
+    if trained.encoder.name != name:
+        return {}
+    return registry.load(trained.slug).encoder_arguments(trained.method)

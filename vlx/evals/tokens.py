@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.autograd.profiler import profile
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from vlx.core.capability import ClassLogits, ReducedTokens
 from vlx.evals.base import EvalData, Evaluation, Subject
@@ -86,7 +86,7 @@ class TokenCosts:
         info = data.source("test").info
         if not info.num_classes:
             return
-        hits = count_hits(_Forward(forward), data.pipeline("test"), info.num_classes)
+        hits = count_hits(Forward(forward), data.pipeline("test"), info.num_classes)
         note(f"top1/{kind}", float(hits[:, 0].sum() / hits[:, 2].sum()), "share")
 
     @staticmethod
@@ -103,7 +103,9 @@ class TokenCosts:
         return {"tokens": grid(rows, titles)}
 
 
-class _Forward(ClassLogits):
+class Forward(ClassLogits):
+    """Any function to class logits as the capability."""
+
     def __init__(self, forward: Callable[[Tensor], Tensor]) -> None:
         self.forward = forward
 
@@ -113,9 +115,15 @@ class _Forward(ClassLogits):
 
 def gmacs(forward: Callable[[Tensor], Tensor], side: int, device: torch.device) -> float:
     """1e9 multiply-accumulates of one image, what the reducer multiplies included."""
-    with FlopCounterMode(display=False) as counter:
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with FlopCounterMode(display=False, custom_mapping={kernel: _attention_flops}) as counter:
         forward(torch.rand(1, 3, side, side, device=device))
     return counter.get_total_flops() / 2e9
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_, **__) -> int:
+    """Of the CPU's fused attention, which torch's counter leaves out."""
+    return sdpa_flop_count(query, key, value)
 
 
 def alternate(calls: Sequence[Callable[[], object]], device: torch.device) -> list[float]:

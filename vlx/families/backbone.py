@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -25,18 +24,13 @@ class BackboneClassifier(Classifier):
     def __init__(self, cfg: ClassifierConfig, build: Builder) -> None:
         super().__init__(cfg, build)
         self.encoder: VisionEncoder = build.vision(
-            num_classes=self.num_classes, arguments=self.arguments(cfg)
+            num_classes=self.num_classes, arguments=self.encoder_arguments(cfg)
         )
         if not isinstance(self.encoder.backbone, self.Backbone):
             raise ConfigError(
                 f"encoder.name is a {type(self.encoder.backbone).__name__}; this method trains "
                 f"{', '.join(self.models)}. `vlx finetune supervised` trains any model"
             )
-
-    @classmethod
-    def arguments(cls, cfg: Any) -> Mapping[str, Any]:
-        """What the config sets of the model's own constructor."""
-        return {}
 
     def class_logits(self, images: Tensor) -> Tensor:
         return self.encoder.classify(self.encoder(images))

@@ -253,7 +253,7 @@ class CvtClassifier(BackboneClassifier):
     models = PAPER.backbones
 
     @classmethod
-    def arguments(cls, cfg: CvtConfig) -> Mapping[str, Any]:
+    def encoder_arguments(cls, cfg: CvtConfig) -> Mapping[str, Any]:
         return {**stage_arguments(cfg), "kv_stride": cfg.kv_stride}
 
 

@@ -220,7 +220,7 @@ class GmmAttention(BackboneClassifier):
         self.mixing = replace(self.mixing, p=cfg.mix_probability)
 
     @classmethod
-    def arguments(cls, cfg: GmmAttentionConfig) -> Mapping[str, Any]:
+    def encoder_arguments(cls, cfg: GmmAttentionConfig) -> Mapping[str, Any]:
         return {} if cfg.num_kernels is None else {"num_kernels": cfg.num_kernels}
 
     def param_groups(self) -> list[ParamGroup]:

@@ -374,7 +374,7 @@ class RmtClassifier(BackboneClassifier):
     models = PAPER.backbones
 
     @classmethod
-    def arguments(cls, cfg: RmtConfig) -> Mapping[str, Any]:
+    def encoder_arguments(cls, cfg: RmtConfig) -> Mapping[str, Any]:
         by_stage = {
             "head_ranges": cfg.head_ranges,
             "ffn_ratios": cfg.ffn_ratios,

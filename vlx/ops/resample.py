@@ -70,3 +70,19 @@ def resize(images: Tensor, side: int) -> Tensor:
         return images
     extent = torch.tensor([0.0, 0.0, *images.shape[-2:]], device=images.device)
     return crop_resize(images, extent.expand(len(images), 4), (side, side), Interpolation.bicubic)
+
+
+def resize_tokens(tokens: Tensor, grid: tuple[int, int], side: int) -> Tensor:
+    """Tokens of a grid on a square one, bilinear and antialiased, one filter for all.
+
+    tokens: (B, h*w, D), row-major over `grid`, (h, w). Returns (B, side*side, D), bit for bit the
+    same where the grid has that size. A matrix product, because torch's own antialiased resizing
+    knows no bf16 on a CPU.
+    """
+    sides = []
+    for source in grid:
+        start = torch.zeros(1, device=tokens.device)
+        rows = filter_matrix(start, start + source, source, side, Interpolation.bilinear)
+        sides.append(rows[0])
+    weights = torch.kron(*sides)  # (side*side, h*w)
+    return weights.to(tokens.dtype) @ tokens
