@@ -188,7 +188,7 @@ def test_a_key_of_the_run_stays_the_runs() -> None:
 
 def test_models_and_bare_keys_sweep() -> None:
     root = method_root("evit", "prune-tokens", "smoke")
-    cells = expand(root, ["encoder=vit_tiny_patch16_224,digits_pixels", "keep_rate=0.9,0.5"])
+    cells = expand(root, ["encoder=vit_tiny_patch16_224,digits_fine", "keep_rate=0.9,0.5"])
     found = [(c.config["encoder"]["dim"], c.config["method"]["keep_rate"]) for c in cells]
     assert found == [(None, 0.9), (None, 0.5), (24, 0.9), (24, 0.5)]
     assert cells[1].swept == {"encoder": "vit_tiny_patch16_224", "method.keep_rate": "0.5"}
