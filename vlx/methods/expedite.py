@@ -61,8 +61,8 @@ PAPER = Paper(
     sweep=("method.alpha=2,4,6",),
 )
 
-_MEDIAN_SHARE = 8.0
-"""With `inverse_temperature: null`, a cluster at the median distance weighs exp(-8) times the
+_MEDIAN_SHARE = 16.0
+"""With `inverse_temperature: null`, a cluster at the median distance weighs exp(-16) times the
 weight of one at distance 0. Ours."""
 
 
@@ -90,7 +90,7 @@ class ExpediteConfig(ClassifierConfig):
     code: 5."""
     inverse_temperature: float | None = 0.02
     """Multiplies squared distances, so it depends on the scale of features. Segmenter's ViT-L:
-    0.02; SWAG's and DPT's command lines: 1.0. null: 8 over the image's own median distance between
+    0.02; SWAG's and DPT's command lines: 1.0. null: 16 over the image's own median distance between
     a patch and the clusters of its window, ours."""
     neighbours: int = 20
     """Clusters that a patch is rebuilt from. Official code: 20."""

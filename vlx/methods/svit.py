@@ -7,12 +7,12 @@ soft association with the 3x3 around each cell, and spread back by the same asso
 B batch, C channels, H x W the map of a stage.
 Departures: the model beside which costs are measured is this backbone with super tokens of one
 token each, plain attention on all of them in every stage. The fixed kernels that the official code
-stores for gathering neighbours are no parameters here.
+stores for gathering neighbours are no parameters here. Layer scales are not decayed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -57,30 +57,36 @@ class SvitConfig(ClassifierConfig):
     super_tokens: list[int] | None = None
     """Side of a super token's cell, by stage; 1 is plain attention. null: the model's own, 8, 4, 1,
     1. The paper's detectors: 16, 8, 2, 1."""
-    dims: list[int] | None = None
+    stage_dims: list[int] | None = None
     """Channels by stage, which also says how many stages there are; null: the model's own."""
-    depths: list[int] | None = None
+    stage_depths: list[int] | None = None
     """Blocks by stage; null: the model's own."""
-    heads: list[int] | None = None
+    stage_heads: list[int] | None = None
     """Attention heads by stage; null: the model's own."""
 
     def __post_init__(self) -> None:
         ClassifierConfig.__post_init__(self)
         if self.stem_stride not in (1, 2, 4):
             raise ConfigError(f"method.stem_stride={self.stem_stride} must be 1, 2 or 4")
-        lists = {n: getattr(self, n) for n in ("super_tokens", "dims", "depths", "heads")}
-        given = {name: values for name, values in lists.items() if values is not None}
+        by_stage = {
+            "super_tokens": self.super_tokens,
+            "stage_dims": self.stage_dims,
+            "stage_depths": self.stage_depths,
+            "stage_heads": self.stage_heads,
+        }
+        given = {name: values for name, values in by_stage.items() if values is not None}
         for name, values in given.items():
             if not values or min(values) < 1:
                 raise ConfigError(f"method.{name}={values} must be counts of 1 or more")
-        stages = {name: len(values) for name, values in given.items()}
-        if len(stages) < 4:
-            stages["the model's own"] = 4
-        if len(set(stages.values())) > 1:
-            counts = ", ".join(f"{name} {count}" for name, count in stages.items())
-            raise ConfigError(f"svit's lists have one number a stage, but these have: {counts}")
-        if self.dims and self.heads and any(d % h for d, h in zip(self.dims, self.heads)):
-            raise ConfigError(f"method.dims={self.dims} must be multiples of heads={self.heads}")
+        counts = {name: len(values) for name, values in given.items()}
+        if len(counts) < len(by_stage):
+            counts["the model's own"] = 4
+        if len(set(counts.values())) > 1:
+            found = ", ".join(f"{name} {count}" for name, count in counts.items())
+            raise ConfigError(f"svit's lists have one number a stage, but these have: {found}")
+        dims, heads = self.stage_dims, self.stage_heads
+        if dims and heads and any(dim % head for dim, head in zip(dims, heads)):
+            raise ConfigError(f"method.stage_dims={dims} must be multiples of stage_heads={heads}")
 
 
 class Stem(nn.Sequential):
@@ -222,8 +228,14 @@ class SuperTokenVit(nn.Module):
         return set()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        inside = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(?:downsample|blocks\.(\d+))"
-        return {"stem": r"^stem", "blocks": [(inside, None), (r"^head_(conv|norm)", (99999,))]}
+        if coarse:
+            return {"stem": r"^stem", "blocks": r"^stages\.(\d+)"}
+        blocks = [
+            (r"^stages\.(\d+)\.downsample", (0,)),
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^head_(?:conv|norm)", (99999,)),
+        ]
+        return {"stem": r"^stem", "blocks": blocks}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
@@ -286,9 +298,7 @@ class Svit(Classifier):
 
     def __init__(self, cfg: SvitConfig, build: Builder) -> None:
         super().__init__(cfg, build)
-        lists = ("super_tokens", "dims", "depths", "heads")
-        given = {name: getattr(cfg, name) for name in lists if getattr(cfg, name) is not None}
-        arguments = {"stem_stride": cfg.stem_stride, **given}
+        arguments = self.encoder_arguments(cfg)
         self.encoder: VisionEncoder = build.vision(
             num_classes=self.num_classes, arguments=arguments
         )
@@ -301,8 +311,20 @@ class Svit(Classifier):
         self.reference = partial(
             build.vision,
             num_classes=self.num_classes,
-            arguments=arguments | {"super_tokens": [1] * len(model.stages)},
+            arguments={**arguments, "super_tokens": [1] * len(model.stages)},
         )
+
+    @classmethod
+    def encoder_arguments(cls, cfg: SvitConfig) -> Mapping[str, Any]:
+        """What the config sets of the backbone's constructor; null keeps the model's own."""
+        by_stage = {
+            "super_tokens": cfg.super_tokens,
+            "dims": cfg.stage_dims,
+            "depths": cfg.stage_depths,
+            "heads": cfg.stage_heads,
+        }
+        given = {name: list(values) for name, values in by_stage.items() if values is not None}
+        return {"stem_stride": cfg.stem_stride, **given}
 
     def class_logits(self, images: Tensor) -> Tensor:
         return self.encoder.classify(self.encoder(images))
