@@ -1,0 +1,113 @@
+"""Super token attention: attention among pooled tokens, spread back over all (Huang et al., 2023).
+
+B batch, C channels, H x W a map of tokens, m = hh * ww super tokens on a coarse grid, s tokens of
+one cell; each token belongs, softly, to the 3x3 super tokens around its cell.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d, fold, pad, scaled_dot_product_attention, unfold
+
+
+class MapAttention(nn.Module):
+    """Multi-head attention among all positions of a map (B, C, H, W).
+
+    The joint projection's channels lie by head, (heads, 3, C / heads), as in the official weights.
+    """
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Conv2d(dim, 3 * dim, 1)
+        self.proj = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        joint = self.qkv(x).flatten(2).unflatten(1, (self.heads, 3, -1))  # (B, heads, 3, d, N)
+        q, k, v = joint.transpose(3, 4).unbind(2)  # (B, heads, N, d)
+        out = scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(2, 3).reshape(x.shape))
+
+
+class SuperTokenAttention(nn.Module):
+    """Pool a map to super tokens, let these attend to each other, spread the result back.
+
+    size: rows and columns of tokens in the cell of one super token; 1 is plain attention.
+    """
+
+    def __init__(self, dim: int, heads: int, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.attention = MapAttention(dim, heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to the same; a map that is no multiple of `size` is padded with zeros."""
+        if self.size == 1:
+            return self.attention(x)
+        height, width = x.shape[-2:]
+        tokens, shares, grid = self.assign(x)
+        attended = self.attention(super_tokens(tokens, shares, grid))
+        spread = shares @ around(attended).transpose(2, 3)  # (B, m, s, C)
+        return to_map(spread, grid, self.size)[..., :height, :width]
+
+    def assign(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """A map (B, C, H, W), padded, as tokens by cell (B, m, s, C), with their shares in the nine
+        super tokens around (B, m, s, 9) and the grid of cells (hh, ww)."""
+        x = pad(x, (0, -x.shape[3] % self.size, 0, -x.shape[2] % self.size))
+        grid = (x.shape[2] // self.size, x.shape[3] // self.size)
+        tokens = to_cells(x, self.size)
+        with torch.no_grad():  # the official code: nothing learns through the association
+            shares = associate(tokens, adaptive_avg_pool2d(x, grid))
+        return tokens, shares, grid
+
+    def owners(self, x: Tensor) -> Tensor:
+        """(B, H * W) int64: the super token in which each token of a map (B, C, H, W) has its
+        largest share, numbered row-major; -1 where that is past the border."""
+        _, shares, grid = self.assign(x)
+        numbers = torch.arange(1, grid[0] * grid[1] + 1, dtype=torch.float32, device=x.device)
+        names = around(numbers.view(1, 1, *grid))[:, :, 0].long() - 1  # (1, m, 9)
+        owner = names.expand(len(x), -1, -1).gather(2, shares.argmax(-1))  # (B, m, s)
+        on_map = to_map(owner.unsqueeze(-1), grid, self.size)[..., : x.shape[2], : x.shape[3]]
+        return on_map.flatten(1)
+
+
+def to_cells(x: Tensor, size: int) -> Tensor:
+    """(B, C, hh * size, ww * size) as (B, hh * ww, size * size, C): tokens by cell."""
+    cells = x.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (B, C, hh, size, ww, size)
+    return cells.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2)
+
+
+def to_map(tokens: Tensor, grid: tuple[int, int], size: int) -> Tensor:
+    """The inverse of `to_cells`; grid: (hh, ww)."""
+    cells = tokens.unflatten(2, (size, size)).unflatten(1, grid)  # (B, hh, ww, size, size, C)
+    return cells.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def around(supers: Tensor) -> Tensor:
+    """(B, C, hh, ww) as (B, m, C, 9): the 3x3 super tokens around each, zeros past the border."""
+    return unfold(supers, 3, padding=1).unflatten(1, (-1, 9)).permute(0, 3, 1, 2)
+
+
+def gather_around(parts: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The transpose of `around`: each cell's nine parts (B, m, C, 9), added where they belong.
+
+    What falls past the border is lost. Returns (B, C, hh, ww).
+    """
+    return fold(parts.permute(0, 2, 3, 1).flatten(1, 2), grid, 3, padding=1)
+
+
+def associate(tokens: Tensor, supers: Tensor) -> Tensor:
+    """The share of each token (B, m, s, C) in the nine super tokens around it: (B, m, s, 9).
+
+    supers: (B, C, hh, ww). A neighbour past the border has the logit 0, not minus infinity, so it
+    takes a share too.
+    """
+    return (tokens @ around(supers) * tokens.shape[-1] ** -0.5).softmax(-1)
+
+
+def super_tokens(tokens: Tensor, shares: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Means (B, C, hh, ww) of tokens (B, m, s, C), weighted by their shares (B, m, s, 9)."""
+    sums = gather_around(tokens.transpose(2, 3) @ shares, grid)
+    weights = gather_around(shares.sum(2).unsqueeze(2), grid)  # (B, 1, hh, ww)
+    return sums / (weights + 1e-12)
