@@ -24,10 +24,10 @@ class MapAttention(nn.Module):
         self.proj = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        joint = self.qkv(x).flatten(2).unflatten(1, (self.heads, 3, -1))  # (B, heads, 3, d, N)
-        q, k, v = joint.transpose(3, 4).unbind(2)  # (B, heads, N, d)
-        out = scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(2, 3).reshape(x.shape))
+        joint = self.qkv(x).permute(0, 2, 3, 1).flatten(1, 2)  # (B, N, 3 C)
+        q, k, v = joint.unflatten(2, (self.heads, 3, -1)).transpose(1, 2).unbind(3)  # (B, n, N, d)
+        out = scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, N, C)
+        return self.proj(out.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2))
 
 
 class SuperTokenAttention(nn.Module):
@@ -74,14 +74,14 @@ class SuperTokenAttention(nn.Module):
 
 def to_cells(x: Tensor, size: int) -> Tensor:
     """(B, C, hh * size, ww * size) as (B, hh * ww, size * size, C): tokens by cell."""
-    cells = x.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (B, C, hh, size, ww, size)
-    return cells.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2)
+    rows = x.permute(0, 2, 3, 1).unflatten(2, (-1, size)).unflatten(1, (-1, size))
+    return rows.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # of (B, hh, size, ww, size, C)
 
 
 def to_map(tokens: Tensor, grid: tuple[int, int], size: int) -> Tensor:
     """The inverse of `to_cells`; grid: (hh, ww)."""
     cells = tokens.unflatten(2, (size, size)).unflatten(1, grid)  # (B, hh, ww, size, size, C)
-    return cells.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+    return cells.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
 def around(supers: Tensor) -> Tensor:
