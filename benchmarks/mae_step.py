@@ -12,7 +12,7 @@ from vlx.core.method import StepContext, Trainable
 from vlx.encoders.build import EncoderBuilder
 from vlx.engine.load import run_config
 
-BATCH, SIZE, ROUNDS = 8, 224, 5
+BATCH, SIZE, ROUNDS = 8, 224, 9
 
 
 def main() -> list[Row]:
