@@ -25,7 +25,7 @@ from vlx.core.errors import ConfigError, DataError
 from vlx.core.fields import Batch, Field, Needs, ViewSpec
 from vlx.data.config import DataConfig, Resident
 from vlx.data.open import open_source
-from vlx.data.pipeline import EvalPipeline, Share, TrainPipeline
+from vlx.data.pipeline import EvalPipeline, Share, TrainPipeline, probe_sizes
 from vlx.data.source import Sample, SourceInfo
 from vlx.data.views import evaluation_view
 from vlx.ops.augment import ColorJitter, HorizontalFlip, RandomCrop, RandomResizedCrop
@@ -485,3 +485,14 @@ def test_a_run_on_a_folder_with_damaged_files_counts_them(tmp_path: Path) -> Non
         for handler in logging.getLogger("vlx").handlers[:]:
             if isinstance(handler, logging.FileHandler):
                 logging.getLogger("vlx").removeHandler(handler)
+
+
+def test_windows_larger_than_the_padded_images_are_refused(tmp_path: Path) -> None:
+    cfg = folder(tmp_path)
+    needs = Needs(views=(ViewSpec("image", ops=(RandomCrop(padding=1),)),))
+    source = open_source(cfg, "train")
+    side = int(probe_sizes(source, cfg).max())
+    common = {"cfg": cfg, "seed": 0, "share": Share(6), "device": CPU}
+    TrainPipeline(source, needs, image_size=side + 2, **common)
+    with pytest.raises(ConfigError, match=f"crop_padding=1 cuts windows of {side + 3}"):
+        TrainPipeline(source, needs, image_size=side + 3, **common)

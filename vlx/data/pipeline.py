@@ -18,6 +18,7 @@ from vlx.data.host import BadSamples, Draw, HostBatch, HostDataset, read_batches
 from vlx.data.order import repeated, replacement
 from vlx.data.source import Source
 from vlx.data.views import make_views
+from vlx.ops.augment import RandomCrop
 
 log = logging.getLogger("vlx")
 _PROBED = 16  # samples read to see whether all images have one size
@@ -137,6 +138,22 @@ def fits(sizes: Tensor, num_samples: int, cfg: DataConfig) -> bool:
     return num_samples * 3 * int(sizes[0].prod()) <= cfg.resident_limit_mb << 20
 
 
+def check_crops(source: Source, sizes: Tensor, image_size: int, needs: Needs) -> None:
+    """Raise `ConfigError` where a random window is larger than the padded images: training would
+    see small pictures in a black frame, and evaluation enlarged ones."""
+    for view in needs.views:
+        for op in view.ops:
+            if not isinstance(op, RandomCrop) or len(sizes) == 0:
+                continue
+            side, wanted = int(sizes.max()), view.size or image_size
+            if side + 2 * op.padding < wanted:
+                raise ConfigError(
+                    f"images of {source.info.name} are {side} pixels wide and method.crop_padding="
+                    f"{op.padding} cuts windows of {wanted} from them. Use encoder.image_size="
+                    f"{side}, or method.crop_padding=null, which resizes"
+                )
+
+
 def _warn_of_size(source: Source, sizes: Tensor, image_size: int) -> None:
     """Say so where all images have one size that is far from what the encoder sees.
 
@@ -181,6 +198,7 @@ class TrainPipeline:
                 f"{source.info.name}/{source.info.split}"
             )
         probed = probe_sizes(source, cfg)
+        check_crops(source, probed, image_size, needs)
         _warn_of_size(source, probed, image_size)
         resident = fits(probed, len(source), cfg)
         self.residents = Residents(source, cfg, seed, device) if resident else None
