@@ -14,6 +14,7 @@ from vlx.core.method import StepContext, Trainable
 from vlx.encoders.build import EncoderBuilder
 from vlx.engine.config import RunConfig
 from vlx.engine.load import run_config
+from vlx.families.classifier import Classifier
 
 NUM_CLASSES = 10
 
@@ -71,3 +72,15 @@ def smoke_batch(slug: str, **kwargs: Any) -> Batch:
     cfg = config(slug)
     needs = registry.load(slug).needs(cfg.method)
     return batch_for(needs, cfg.encoder.image_size, **kwargs)
+
+
+def assert_compiles_whole(slug: str) -> None:
+    """A classifier's logits, in evaluation, are one graph of torch.compile, with equal values."""
+    method = build(slug).eval()
+    assert isinstance(method, Classifier)
+    side = config(slug).encoder.image_size
+    images = torch.rand(2, 3, side, side)
+    compiled = torch.compile(method.class_logits, fullgraph=True)
+    with torch.no_grad():
+        expected = method.class_logits(images)
+        torch.testing.assert_close(compiled(images), expected, rtol=1e-4, atol=1e-5)

@@ -154,7 +154,7 @@ def attend(
 
 class SplitAttention(Attention):
     """timm's attention by `attend`: cutting the joint projection into three, instead of moving an
-    axis of three to the front, saves its backward pass a copy (2 % of a block's time on a CPU)."""
+    axis of three to the front, saves its backward pass a copy (benchmarks/RESULTS.md, MAE step)."""
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False

@@ -21,15 +21,15 @@ from vlx.core.fields import Batch, Needs
 from vlx.core.method import Method, StepContext, Trainable
 from vlx.data.open import open_source
 from vlx.encoders.build import EncoderBuilder
+from vlx.engine.build import SOME_CLASSES
 from vlx.engine.config import Optimizer, RunConfig
 from vlx.engine.evaluate_encoder import build_subject
 from vlx.engine.load import from_dict, run_config
 from vlx.engine.optim import peak_lr
 from vlx.engine.run import total_steps
+from vlx.evals.tokens import gmacs
 
 _COUNTED_BATCH = 2
-_SOME_CLASSES = 1000
-"""Where the data, and so their number, is not known."""
 _OPTIMIZER_COPIES = {Optimizer.adamw: 2, Optimizer.lamb: 2, Optimizer.sgd: 1, Optimizer.lars: 1}
 
 
@@ -92,15 +92,15 @@ def _reduced(method: Method, size: int) -> tuple[float, dict[str, list[int]]] | 
     if not found:
         return None
     method.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as flops:
-        found[0].reduced(torch.empty(1, 3, size, size))
-    return flops.get_total_flops() / 2e9, found[0].token_counts()
+    with torch.no_grad():
+        cost = gmacs(found[0].reduced, size, torch.device("meta"))
+    return cost, found[0].token_counts()
 
 
 def measure_evaluation(cfg: RunConfig) -> DryRun:
     """The same of `vlx eval`: one image through the encoder, nothing kept for a backward pass."""
     with torch.device("meta"), torch.no_grad():
-        subject, module = build_subject(cfg, _SOME_CLASSES, load_weights=False)
+        subject, module = build_subject(cfg, SOME_CLASSES, load_weights=False)
         size = cfg.encoder.image_size
         images = torch.empty(_COUNTED_BATCH, 3, size, size)
         with _count_tokens(module) as tokens, FlopCounterMode(display=False) as flops:
@@ -140,7 +140,7 @@ def print_dry_run(config: dict[str, Any], console: Console) -> None:
     evaluation = config["method"] is None
     cfg = from_dict(RunConfig, config) if evaluation else run_config(config)
     steps, classes = ("none: no training", 0) if evaluation else _steps(cfg)
-    report = measure_evaluation(cfg) if evaluation else measure(cfg, classes or _SOME_CLASSES)
+    report = measure_evaluation(cfg) if evaluation else measure(cfg, classes or SOME_CLASSES)
     table = Table(title=f"{cfg.command} {cfg.slug}, preset {cfg.preset}", show_header=False)
     table.add_row("parameters", f"{report.total_params:,} total")
     table.add_row("", f"{report.trainable_params:,} trainable")

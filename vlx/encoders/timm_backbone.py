@@ -14,6 +14,7 @@ from vlx.core import registry
 from vlx.core.errors import ConfigError, nearest
 from vlx.encoders.base import EncoderOut, EncoderSpec, VisionEncoder
 from vlx.encoders.config import EncoderConfig
+from vlx.encoders.names import model_names
 
 
 def register_backbones(name: str) -> None:
@@ -21,12 +22,6 @@ def register_backbones(name: str) -> None:
     for paper in registry.papers().values():
         if name in paper.backbones:
             registry.load(paper.slug)
-
-
-def known_models() -> list[str]:
-    """Names that `encoder.name` may have: timm's and those of papers."""
-    own = [name for paper in registry.papers().values() for name in paper.backbones]
-    return [*timm.list_models(), *own]
 
 
 class TimmBackbone(VisionEncoder):
@@ -40,13 +35,9 @@ class TimmBackbone(VisionEncoder):
         super().__init__()
         self.model = _create(cfg, num_classes, arguments)
         with torch.device("meta"), torch.no_grad():
-            shape = (
-                _create(cfg, num_classes, arguments)
-                .eval()
-                .forward_features(  # type: ignore
-                    torch.empty(1, 3, cfg.image_size, cfg.image_size)
-                )
-            )
+            probe = _create(cfg, num_classes, arguments).eval()
+            images = torch.empty(1, 3, cfg.image_size, cfg.image_size)
+            shape = probe.forward_features(images)  # type: ignore[operator]
         self.num_prefix = int(getattr(self.model, "num_prefix_tokens", 0))
         self.dim = int(self.model.num_features)  # type: ignore[arg-type]
         count = _as_tokens(shape, self.dim).shape[1] - self.num_prefix
@@ -105,7 +96,7 @@ def _create(cfg: EncoderConfig, num_classes: int, arguments: dict[str, Any]) -> 
     register_backbones(cfg.name)
     if not timm.is_model(cfg.name):
         raise ConfigError(
-            f"encoder.name: no timm model '{cfg.name}'. {nearest(cfg.name, known_models())}"
+            f"encoder.name: no timm model '{cfg.name}'. {nearest(cfg.name, model_names())}"
         )
     sizes: dict[str, Any] = {
         "patch_size": cfg.patch_size,

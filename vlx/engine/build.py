@@ -15,7 +15,8 @@ from vlx.encoders.build import EncoderBuilder
 from vlx.engine.config import RunConfig
 from vlx.engine.parallel import Parallel
 
-_SOME_CLASSES = 1000
+SOME_CLASSES = 1000
+"""Where the data, and so their number, is not known."""
 
 
 def trainable(slug: str) -> type[Trainable]:
@@ -38,7 +39,7 @@ def check_build(cfg: RunConfig) -> None:
     Its classes are not known yet, so that any number stands for them.
     """
     with torch.device("meta"):
-        _build(cfg, _SOME_CLASSES, load_weights=False)
+        _build(cfg, SOME_CLASSES, load_weights=False)
 
 
 def _build(cfg: RunConfig, num_classes: int, *, load_weights: bool) -> Trainable:

@@ -95,8 +95,7 @@ class Reorganization(TokenReducer):
             return state
         attention = signals.cls_attn.mean(1)[:, prefix:]  # (B, N - prefix)
         keep = attention.topk(count, dim=1).indices + prefix  # by attention, descending
-        first = torch.arange(prefix, device=keep.device).expand(len(keep), -1)
-        left = state.select(torch.cat([first, keep], dim=1))
+        left = state.select(state.after_prefix(keep))
         if not self.fuse:
             return left
         # Not renormalised: little attention left out makes a small token. Gradient flows through.

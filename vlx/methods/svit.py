@@ -20,11 +20,12 @@ from typing import Any
 from timm.layers.drop import DropPath, calculate_drop_path_rates
 from timm.layers.layer_scale import LayerScale2d
 from timm.layers.norm import LayerNorm2d
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, register_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlx.blocks.super_tokens import SuperTokenAttention
+from vlx.blocks.timm_model import default_cfgs as cfgs_of
 from vlx.core.capability import Capability
 from vlx.core.config import ClassifierConfig
 from vlx.core.errors import ConfigError
@@ -266,8 +267,7 @@ def _create(variant: str, pretrained: bool, sizes: dict[str, Any]) -> SuperToken
     )
 
 
-_published = {"input_size": (3, 224, 224), "first_conv": "stem.0", "classifier": "head"}
-default_cfgs = generate_default_cfgs({name: dict(_published) for name in PAPER.backbones})
+default_cfgs = cfgs_of(PAPER.backbones, first_conv="stem.0")
 
 
 @register_model

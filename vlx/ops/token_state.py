@@ -38,6 +38,11 @@ class TokenState:
             return held
         return held & ~self.fused.gather(1, self.owner.clamp(min=0))
 
+    def after_prefix(self, places: Tensor) -> Tensor:
+        """`(B, prefix + K)`: the places of the prefix, then `places (B, K)` of other tokens."""
+        prefix = torch.arange(self.num_prefix, device=places.device)
+        return torch.cat([prefix.expand(len(places), -1), places], dim=1)
+
     def select(self, index: Tensor) -> TokenState:
         """Only the tokens at `index (B, K)`, in that order; patches of the others have no owner."""
         places = torch.arange(index.shape[1], device=index.device).expand_as(index)
@@ -74,5 +79,4 @@ def random_tokens(state: TokenState, count: int) -> Tensor:
     """
     noise = torch.rand(len(state.x), state.num_patches, device=state.x.device)
     chosen = noise.topk(count, dim=1).indices.sort(dim=1).values + state.num_prefix
-    first = torch.arange(state.num_prefix, device=state.x.device).expand(len(chosen), -1)
-    return torch.cat([first, chosen], dim=1)
+    return state.after_prefix(chosen)

@@ -11,7 +11,7 @@ from timm.layers.drop import DropPath
 from timm.layers.helpers import to_2tuple
 from timm.layers.mlp import Mlp
 from timm.layers.patch_embed import PatchEmbed
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import register_model
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from torch.nn.functional import layer_norm
 from torch.utils.checkpoint import checkpoint
 
 from vlx.blocks.init import trunc_normal_init
+from vlx.blocks.timm_model import build_model
+from vlx.blocks.timm_model import default_cfgs as cfgs_of
 from vlx.blocks.vit_block import Signal, attend
 from vlx.core.errors import ConfigError
 from vlx.ops.resample import resize_tokens
@@ -271,28 +273,12 @@ class LookupVisionTransformer(nn.Module):
         return last.attention_map(compressed, lookup)[1].mean(1).argmax(1)
 
 
-def _create(variant: str, pretrained: bool, **arguments: Any) -> LookupVisionTransformer:
-    out_indices = arguments.pop("out_indices", 3)
-    features = {"out_indices": out_indices, "feature_cls": "getter"}
-    return build_model_with_cfg(
-        LookupVisionTransformer, variant, pretrained, feature_cfg=features, **arguments
-    )
-
-
 _NAMES = ("lookupvit_tiny", "lookupvit_small", "lookupvit_base", "lookupvit_large")
-_SETTINGS = {
-    "url": "",
-    "num_classes": 1000,
-    "input_size": (3, 224, 224),
-    "crop_pct": 0.875,
-    "interpolation": "bicubic",
-    "fixed_input_size": True,
-    "mean": (0.485, 0.456, 0.406),
-    "std": (0.229, 0.224, 0.225),
-    "first_conv": "patch_embed.proj",
-    "classifier": "head",
-}
-default_cfgs = generate_default_cfgs(dict.fromkeys(_NAMES, _SETTINGS))
+default_cfgs = cfgs_of(_NAMES, fixed_input_size=True, first_conv="patch_embed.proj")
+
+
+def _create(variant: str, pretrained: bool, **arguments: Any) -> LookupVisionTransformer:
+    return build_model(LookupVisionTransformer, variant, pretrained, features=3, **arguments)
 
 
 @register_model

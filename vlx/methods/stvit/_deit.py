@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import register_model
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from vlx.blocks.timm_model import build_model
+from vlx.blocks.timm_model import default_cfgs as cfgs_of
 from vlx.blocks.vit_block import Signal, attend, cross_block
 from vlx.core.errors import ConfigError
-from vlx.methods.stvit._pooling import max_pool_grid, settings
+from vlx.methods.stvit._pooling import max_pool_grid
 
 STARTS = ("both", "pooling", "centres")
 
@@ -168,17 +170,12 @@ class SemanticVisionTransformer(VisionTransformer):
         return signals.attn.mean(1)[..., -patches.shape[1] :].argmax(1)
 
 
-def _create(variant: str, pretrained: bool, **arguments: Any) -> SemanticVisionTransformer:
-    features = {"out_indices": arguments.pop("out_indices", 3), "feature_cls": "getter"}
-    return build_model_with_cfg(
-        SemanticVisionTransformer, variant, pretrained, feature_cfg=features, **arguments
-    )
-
-
 _NAMES = ("stvit_deit_tiny", "stvit_deit_small", "stvit_deit_base")
-default_cfgs = generate_default_cfgs(
-    dict.fromkeys(_NAMES, settings(first_conv="patch_embed.proj", classifier="head"))
-)
+default_cfgs = cfgs_of(_NAMES, fixed_input_size=True, first_conv="patch_embed.proj")
+
+
+def _create(variant: str, pretrained: bool, **arguments: Any) -> SemanticVisionTransformer:
+    return build_model(SemanticVisionTransformer, variant, pretrained, features=3, **arguments)
 
 
 @register_model

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -22,18 +20,3 @@ def max_pool_grid(maps: Tensor, side: int) -> Tensor:
             bins.append(maps.narrow(axis, first, end - first).amax(axis))
         maps = torch.stack(bins, dim=axis)
     return maps
-
-
-def settings(**names: str) -> dict[str, Any]:
-    """timm's description of weights that nobody has published in its form."""
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "fixed_input_size": True,
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        **names,
-    }

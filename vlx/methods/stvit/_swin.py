@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from timm.layers.drop import calculate_drop_path_rates
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, register_model
 from timm.models.swin_transformer import (
     SwinTransformer,
     SwinTransformerBlock,
@@ -16,9 +16,10 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from vlx.blocks.init import trunc_normal_init
+from vlx.blocks.timm_model import default_cfgs as cfgs_of
 from vlx.blocks.vit_block import Signal, attend, cross_block
 from vlx.core.errors import ConfigError
-from vlx.methods.stvit._pooling import max_pool_grid, settings
+from vlx.methods.stvit._pooling import max_pool_grid
 
 UNIT = 6
 """Layers of one unit: full, gather in windows, gather from all, local, global, recovery."""
@@ -270,8 +271,8 @@ def _create(variant: str, pretrained: bool, **arguments: Any) -> SemanticSwin:
 
 
 _NAMES = ("stvit_r_swin_small", "stvit_r_swin_base")
-default_cfgs = generate_default_cfgs(
-    dict.fromkeys(_NAMES, settings(first_conv="patch_embed.proj.0", classifier="head.fc"))
+default_cfgs = cfgs_of(
+    _NAMES, fixed_input_size=True, first_conv="patch_embed.proj.0", classifier="head.fc"
 )
 
 
