@@ -42,6 +42,40 @@ class ClassLogits(Capability):
         """images: (B, 3, H, W), RGB in 0..1. Returns (B, C)."""
 
 
+class DualEncoder(Capability):
+    """Images and texts in one space, for zero-shot classification and retrieval."""
+
+    @property
+    @abstractmethod
+    def logit_scale(self) -> float:
+        """Cosine similarities times this are the logits that the model was trained with."""
+
+    @abstractmethod
+    def joint_image_features(self, images: Tensor) -> Tensor:
+        """images: (B, 3, H, W), RGB in 0..1. Returns (B, E) of unit length."""
+
+    @abstractmethod
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """Returns (T, E) of unit length, on the model's device."""
+
+
+class PairScorer(Capability):
+    """Scores pairs of an image and a text together: re-ranks what a dual encoder found."""
+
+    @abstractmethod
+    def pair_scores(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """images: (B, 3, H, W), RGB in 0..1, and B texts, one each. Returns (B,): higher fits
+        better."""
+
+
+class Captioner(Capability):
+    """Says in words what an image shows."""
+
+    @abstractmethod
+    def captions(self, images: Tensor, max_new_tokens: int) -> list[str]:
+        """images: (B, 3, H, W), RGB in 0..1. Returns B captions, decoded greedily."""
+
+
 class ChannelSubsets(Capability):
     """Classifies images of which only some channels are there."""
 

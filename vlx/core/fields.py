@@ -24,6 +24,9 @@ class Field:
 
 IMAGE = Field("image", "B 3 H W", torch.float32, "RGB in 0..1, not normalised")
 LABEL = Field("label", "B", torch.int64, "class index, 0..num_classes-1")
+TEXT = Field("text", "B L", torch.int64, "token ids of one caption a sample, padded behind")
+TEXT_LENGTH = Field("text_length", "B", torch.int64, "tokens of `text` that are no padding")
+_OF_CAPTIONS = {"text", "text_length"}
 
 
 class ViewOp(Protocol):
@@ -74,7 +77,13 @@ class Needs:
             if view.of not in made:
                 names.append(view.of)
             made.add(view.name)
-        return tuple(dict.fromkeys([*names, *(field.name for field in self.fields)]))
+        names += ["caption" if f.name in _OF_CAPTIONS else f.name for f in self.fields]
+        return tuple(dict.fromkeys(names))
+
+    @property
+    def text(self) -> bool:
+        """Whether a batch holds token ids, so that a tokenizer is needed."""
+        return any(field.name in _OF_CAPTIONS for field in self.fields)
 
     @property
     def batch_keys(self) -> tuple[str, ...]:

@@ -28,6 +28,8 @@ class DataConfig:
     """Column (or file extension) that holds the image."""
     label_column: str = "label"
     """Column (or file extension) that holds the label."""
+    caption_column: str = "caption"
+    """Column (or file extension) that holds the caption, or the list of them."""
     variant: str | None = None
     """Which data set of a family of them: the class name for torchvision's data sets."""
     download: bool = False

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 Sample = dict[str, Any]
-"""Fields by name. `image` is encoded bytes or a uint8 array (H, W, 3); `label` is an int."""
+"""Fields by name. `image` is encoded bytes or a uint8 array (H, W, 3); `label` is an int;
+`caption` is a list of one or more texts."""
 
 
 @dataclass(frozen=True)
@@ -49,4 +50,16 @@ class Source(Protocol):
 
     def labels(self) -> np.ndarray | None:
         """(N,) int64 without decoding images; None where the source has no labels."""
+        ...
+
+
+@runtime_checkable
+class Captioned(Protocol):
+    """A source whose samples have captions; `info.fields` then holds `caption`."""
+
+    def captions(self, index: int) -> list[str]:
+        """All captions of a sample, without reading its image: what `read(index)["caption"]` holds.
+
+        Raises `ValueError` for a sample whose captions cannot be used (empty, not UTF-8).
+        """
         ...

@@ -39,3 +39,28 @@ class EncoderConfig:
     """Start from timm's published weights of that name; the first use downloads them."""
     checkpoint: str | None = None
     """Weights to start from: a vlx run directory, a .safetensors or a .pth file."""
+
+
+@dataclass(kw_only=True)
+class TextConfig:
+    """The text side of a model: a text encoder or a language model, and its tokenizer."""
+
+    name: str = "clip"
+    """clip (CLIP's causal transformer), a kind of transformers (bert, roberta, llama, qwen2, ...)
+    built from the sizes below, or a local directory of Hugging Face with config and weights."""
+    tokenizer: str = "clip"
+    """clip (CLIP's byte-level BPE, 49,408 ids), bpe (trained on the captions of the training
+    split), or a local Hugging Face tokenizer: a directory or a tokenizer.json."""
+    vocab_size: int | None = None
+    """Ids of a trained tokenizer and rows of the token table; null takes the tokenizer's own."""
+    context_length: int = 77
+    """Tokens of a text at most, start and end included. CLIP: 77."""
+    dim: int | None = None
+    """Token width; null takes 512 (clip) or the kind's own."""
+    depth: int | None = None
+    """Number of blocks; null takes 12 (clip) or the kind's own."""
+    heads: int | None = None
+    """Attention heads; null takes dim / 64."""
+    checkpoint: str | None = None
+    """Weights of the text encoder to start from: a vlx run directory, a .safetensors or a .pth
+    file."""
