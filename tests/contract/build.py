@@ -11,9 +11,11 @@ from vlx.config.compose import compose
 from vlx.core import registry
 from vlx.core.fields import Batch, Needs
 from vlx.core.method import StepContext, Trainable
-from vlx.encoders.build import EncoderBuilder
+from vlx.encoders.config import TextConfig
+from vlx.engine.build import builder_of
 from vlx.engine.config import RunConfig
 from vlx.engine.load import run_config
+from vlx.engine.text import shape_tokenizer
 from vlx.families.classifier import Classifier
 
 NUM_CLASSES = 10
@@ -35,13 +37,16 @@ def build(slug: str, preset: str = "smoke", seed: int = 0) -> Trainable:
     """The method of a preset, with weights of a seed; paths to weights are ignored."""
     cfg = config(slug, preset)
     torch.manual_seed(seed)
-    roles = {"encoder": cfg.encoder, "teacher": cfg.teacher}
     cls = registry.load(slug)
     assert issubclass(cls, Trainable)
-    return cls(cfg.method, EncoderBuilder(roles, NUM_CLASSES, load_weights=False))
+    names = tuple(f"class {number}" for number in range(NUM_CLASSES))
+    tokenizer = shape_tokenizer(cfg.text)
+    return cls(cfg.method, builder_of(cfg, NUM_CLASSES, tokenizer, names, load_weights=False))
 
 
-def batch_for(needs: Needs, size: int, batch_size: int = 8, seed: int = 0) -> Batch:
+def batch_for(
+    needs: Needs, size: int, batch_size: int = 8, seed: int = 0, text: TextConfig | None = None
+) -> Batch:
     """A random batch with everything `needs` names."""
     generator = torch.Generator().manual_seed(seed)
     batch: Batch = {"sample_id": torch.arange(batch_size)}
@@ -49,10 +54,26 @@ def batch_for(needs: Needs, size: int, batch_size: int = 8, seed: int = 0) -> Ba
         if view.keep:
             side = view.size or size
             batch[view.name] = torch.rand(batch_size, 3, side, side, generator=generator)
-    for field in needs.fields:
-        assert field.name == "label", f"make {field} here"
+    names = {field.name for field in needs.fields}
+    if "label" in names:
         batch["label"] = torch.randint(NUM_CLASSES, (batch_size,), generator=generator)
+    if needs.text:
+        found = _captions(text, batch_size, generator)
+        batch |= {name: found[name] for name in ("text", "text_length") if name in names}
+    assert set(needs.batch_keys) <= batch.keys(), "make the other fields here"
     return batch
+
+
+def _captions(text: TextConfig | None, count: int, generator: torch.Generator) -> Batch:
+    """Token ids of random words, of different lengths, some longer than the context."""
+    tokenizer = shape_tokenizer(text)
+    assert tokenizer is not None
+    longest = tokenizer.context_length
+    letters = torch.randint(97, 123, (count, longest), generator=generator).tolist()
+    lengths = torch.randint(1, longest, (count,), generator=generator).tolist()
+    words = ["".join(chr(code) for code in row[:n]) for row, n in zip(letters, lengths)]
+    found = tokenizer.encode(words)
+    return {"text": torch.from_numpy(found.ids), "text_length": torch.from_numpy(found.lengths)}
 
 
 def context(step: int = 0, seed: int = 0) -> StepContext:
@@ -71,7 +92,7 @@ def seeded_step(method: Trainable, batch: Batch, step: int = 0, seed: int = 0):
 def smoke_batch(slug: str, **kwargs: Any) -> Batch:
     cfg = config(slug)
     needs = registry.load(slug).needs(cfg.method)
-    return batch_for(needs, cfg.encoder.image_size, **kwargs)
+    return batch_for(needs, cfg.encoder.image_size, text=cfg.text, **kwargs)
 
 
 def assert_compiles_whole(slug: str) -> None:

@@ -16,7 +16,6 @@ import torch
 
 from tests.conftest import ROOT
 from tests.contract.build import (
-    batch_for,
     build,
     config,
     context,
@@ -303,9 +302,7 @@ def test_golden_losses(slug: str, request: pytest.FixtureRequest) -> None:
     """Losses of four smoke steps, as they were when somebody last looked."""
     method = build(slug)
     optimizer = optimizer_for(slug, method)
-    needs = type(method).needs(config(slug).method)
-    side = config(slug).encoder.image_size
-    losses = train(method, [batch_for(needs, side, seed=s) for s in range(4)], optimizer)
+    losses = train(method, [smoke_batch(slug, seed=s) for s in range(4)], optimizer)
     file = GOLDEN / f"{slug}.json"
     if request.config.getoption("--write-golden") in (slug, "all"):
         file.parent.mkdir(exist_ok=True)

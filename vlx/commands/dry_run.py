@@ -20,13 +20,13 @@ from vlx.core.capability import ImageFeatures, ReducedTokens
 from vlx.core.fields import Batch, Needs
 from vlx.core.method import Method, StepContext, Trainable
 from vlx.data.open import open_source
-from vlx.encoders.build import EncoderBuilder
-from vlx.engine.build import SOME_CLASSES
+from vlx.engine.build import SOME_CLASSES, builder_of
 from vlx.engine.config import Optimizer, RunConfig
 from vlx.engine.evaluate_encoder import build_subject
 from vlx.engine.load import from_dict, run_config
 from vlx.engine.optim import peak_lr
 from vlx.engine.run import total_steps
+from vlx.engine.text import shape_tokenizer
 from vlx.evals.tokens import gmacs
 
 _COUNTED_BATCH = 2
@@ -53,13 +53,14 @@ def measure(cfg: RunConfig, num_classes: int = 1000) -> DryRun:
     """Build the method on the meta device and run one step of shapes through it."""
     cls = registry.load(cfg.slug)
     assert issubclass(cls, Trainable)
-    roles = {"encoder": cfg.encoder, "teacher": cfg.teacher}
+    tokenizer = shape_tokenizer(cfg.text)
     with torch.device("meta"):
-        method = cls(cfg.method, EncoderBuilder(roles, num_classes, load_weights=False))
+        method = cls(cfg.method, builder_of(cfg, num_classes, tokenizer, load_weights=False))
         # Before the step: schedules of training may start from all tokens.
         reduced = _reduced(method, cfg.encoder.image_size)
         method.train()
-        batch = meta_batch(cls.needs(cfg.method), cfg.encoder.image_size, _COUNTED_BATCH)
+        length = cfg.text.context_length if cfg.text else 0
+        batch = meta_batch(cls.needs(cfg.method), cfg.encoder.image_size, _COUNTED_BATCH, length)
         ctx = StepContext(step=0, total_steps=1, steps_per_epoch=1, seed=0)
         saved: dict[int, Tensor] = {}  # by storage: several operations may keep the same one
 
@@ -123,7 +124,7 @@ def memory_bytes(report: DryRun, cfg: RunConfig, processes: int = 1) -> int:
     return weights + frozen + report.activation_bytes * micro
 
 
-def meta_batch(needs: Needs, size: int, batch_size: int) -> Batch:
+def meta_batch(needs: Needs, size: int, batch_size: int, context_length: int = 0) -> Batch:
     """Tensors of the right shapes on the current device, without content."""
     batch: Batch = {"sample_id": torch.empty(batch_size, dtype=torch.int64)}
     for view in needs.views:
@@ -131,7 +132,8 @@ def meta_batch(needs: Needs, size: int, batch_size: int) -> Batch:
             side = view.size or size
             batch[view.name] = torch.empty(batch_size, 3, side, side)
     for wanted in needs.fields:
-        batch[wanted.name] = torch.empty(batch_size, dtype=wanted.dtype)
+        shape = [{"B": batch_size, "L": context_length}[axis] for axis in wanted.layout.split()]
+        batch[wanted.name] = torch.empty(shape, dtype=wanted.dtype)
     return batch
 
 

@@ -28,7 +28,7 @@ def presets(slug: str) -> dict[str, Path]:
 
 
 # Folders of conf/ whose files `GROUP=NAME` chooses.
-GROUPS = ("encoder", "data", "optim", "schedule", "launcher", "track")
+GROUPS = ("encoder", "text", "data", "optim", "schedule", "launcher", "track")
 
 
 def group_options(group: str) -> list[str]:

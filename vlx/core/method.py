@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vlx.core import random
 from vlx.core.config import MethodConfig
 from vlx.core.fields import Batch, Needs
+from vlx.core.text import Tokenizer
 
 if TYPE_CHECKING:
     from vlx.core.capability import Capability
@@ -105,22 +106,45 @@ class Builder(Protocol):
     @property
     def image_size(self) -> int: ...
 
+    load_weights: bool
+    """False where shapes alone matter: files of weights are then left alone."""
+
     def vision(
         self,
         role: str = "encoder",
         *,
         init: Callable[[Any], None] | None = None,
         num_classes: int = 0,
+        head_bias: bool = True,
         arguments: Mapping[str, Any] | None = None,
         **architecture: Any,
     ) -> Any:
         """A `VisionEncoder`; keywords fix what the paper fixes (position embedding, ...).
 
-        num_classes: with a head for so many classes; 0 for none. arguments: for the model's own
-        constructor, where it is not a plain ViT.
+        num_classes: with a head for so many classes; 0 for none. head_bias: False for a projection,
+        where the model is a plain ViT. arguments: for the model's own constructor, where it is
+        not a plain ViT.
 
         init: the paper's initialisation, applied to the encoder before any checkpoint is loaded.
         """
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of the run's text; raises `ConfigError` where the run has none."""
+        ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of the data; empty where it has none, or where only their number is known."""
+        ...
+
+    def text(self, **architecture: Any) -> Any:
+        """A `TextEncoder`; keywords fix what the paper fixes (`causal=False`)."""
+        ...
+
+    def language_model(self) -> Any:
+        """A `LanguageModel`."""
         ...
 
 
@@ -207,3 +231,21 @@ class Trainable(Method):
 
     def after_step(self, ctx: StepContext) -> None:
         """After the optimizer: momentum teachers, queues."""
+
+
+@runtime_checkable
+class Coupled(Protocol):
+    """A coupled method whose step falls into two parts, so that batches beyond memory are possible.
+
+    With `train.accumulate` above 1 the loop first embeds every micro-batch without gradient, then
+    takes the loss of all together, and then embeds each again to send the gradients of the
+    embeddings back (GradCache, Gao et al. 2021): gradients equal those of one large batch.
+    """
+
+    def embed(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
+        """`(B, ...)` tensors, a row a sample: everything that `losses` compares."""
+        ...
+
+    def losses(self, embeddings: dict[str, Tensor], ctx: StepContext) -> StepOutput:
+        """Losses of the embeddings of all micro-batches of this process."""
+        ...

@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vlx.core.errors import DataError
+from vlx.core.text import Tokenizer
 from vlx.data.config import DataConfig
 from vlx.data.decode import decode_image
 from vlx.data.order import replacement
-from vlx.data.source import Source
+from vlx.data.source import Sample, Source
+from vlx.data.text import EncodedText, drawn_captions, encode
 
 _MAX_REPLACEMENTS = 16
 _SHOWN = 5
@@ -43,6 +45,10 @@ class HostBatch:
     bad: list[tuple[int, str, str]]
     """(index, name, reason) of the samples that could not be read."""
     epoch: int | None = None
+    captions: list[list[str]] | None = None
+    """All captions of every sample, as the source has them; only without a tokenizer."""
+    text: EncodedText | None = None
+    """One caption of every sample, as ids; only with a tokenizer."""
 
 
 @dataclass
@@ -73,33 +79,45 @@ class BadSamples:
 class HostDataset(Dataset[HostBatch]):
     """Reads a `Draw` as one collated batch; works in a worker process."""
 
-    def __init__(self, source: Source, cfg: DataConfig, seed: int) -> None:
-        self.source = source
+    def __init__(
+        self, source: Source, cfg: DataConfig, seed: int, tokenizer: Tokenizer | None = None
+    ) -> None:
+        self.source, self.tokenizer = source, tokenizer
         self.max_pixels, self.max_side = cfg.max_pixels, cfg.max_side
         self.seed = seed
 
     def __getitem__(self, draw: Draw) -> HostBatch:
-        images, labels, ids = [], [], []
+        images, samples, ids = [], [], []
         bad: list[tuple[int, str, str]] = []
         for index in draw.indices.tolist():
             found = self._read(index, draw.epoch, bad)
             if found is not None:
-                actual, image, label = found
+                actual, image, sample = found
                 ids.append(actual)
                 images.append(image)
-                labels.append(label)
-        return collate(images, labels, ids, bad, draw.epoch)
+                samples.append(sample)
+        labels = [sample.get("label") for sample in samples]
+        batch = collate(images, labels, ids, bad, draw.epoch)
+        captions = [sample["caption"] for sample in samples if "caption" in sample]
+        if captions and self.tokenizer is None:
+            batch.captions = captions
+        elif captions and self.tokenizer is not None:
+            assert draw.epoch is not None
+            counts = torch.tensor([len(own) for own in captions])
+            drawn = drawn_captions(counts, batch.sample_id, self.seed, draw.epoch).tolist()
+            batch.text = encode(self.tokenizer, [own[n] for own, n in zip(captions, drawn)])
+        return batch
 
     def _read(
         self, index: int, epoch: int | None, bad: list[tuple[int, str, str]]
-    ) -> tuple[int, np.ndarray, int | None] | None:
+    ) -> tuple[int, np.ndarray, Sample] | None:
         """The sample, or in training its stand-in; None for an unreadable one in evaluation."""
         current = index
         for attempt in range(_MAX_REPLACEMENTS):
             try:
                 sample = self.source.read(current)
                 image = decode_image(sample["image"], self.max_pixels, self.max_side)
-                return current, image, sample.get("label")
+                return current, image, sample
             except Exception as error:  # any failure to read one sample is that sample's
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 bad.append((current, self.source.describe(current), reason))
@@ -151,10 +169,16 @@ def _leave_signals_to_parent(worker: int) -> None:
 
 
 def read_batches(
-    source: Source, cfg: DataConfig, seed: int, draws: Iterable[Draw], pin: bool = False
+    source: Source,
+    cfg: DataConfig,
+    seed: int,
+    draws: Iterable[Draw],
+    *,
+    pin: bool = False,
+    tokenizer: Tokenizer | None = None,
 ) -> Iterator[HostBatch]:
     """Batches in the order of `draws`, read by `cfg.workers` processes."""
-    dataset = HostDataset(source, cfg, seed)
+    dataset = HostDataset(source, cfg, seed, tokenizer)
     if cfg.workers == 0:
         for draw in draws:
             yield dataset[draw]

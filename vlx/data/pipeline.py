@@ -13,16 +13,24 @@ from torch import Tensor
 from vlx.core import random
 from vlx.core.errors import ConfigError, DataError, nearest
 from vlx.core.fields import Batch, Needs
+from vlx.core.text import Tokenizer
 from vlx.data.config import DataConfig, Resident
-from vlx.data.host import BadSamples, Draw, HostBatch, HostDataset, read_batches
-from vlx.data.order import repeated, replacement
+from vlx.data.host import (
+    BadSamples,
+    Draw,
+    HostBatch,
+    HostDataset,
+    read_batches,
+)
+from vlx.data.order import repeated
+from vlx.data.resident import Residents
 from vlx.data.source import Source
+from vlx.data.text import CaptionCounts, EncodedText, to_device
 from vlx.data.views import make_views
-from vlx.ops.augment import RandomCrop
+from vlx.ops.augment import HorizontalFlip, RandomCrop
 
 log = logging.getLogger("vlx")
 _PROBED = 16  # samples read to see whether all images have one size
-_CHUNK = 256
 _ENCODERS = {8: "digits", 32: "cifar"}  # conf/encoder: made for images of this side
 
 
@@ -63,66 +71,6 @@ def check_fields(source: Source, needs: Needs) -> None:
             )
 
 
-class Residents:
-    """All images of a source on the device as uint8, indexed there."""
-
-    def __init__(self, source: Source, cfg: DataConfig, seed: int, device: torch.device) -> None:
-        self.num_samples = len(source)
-        self.bad = BadSamples(self.num_samples, cfg.corrupt_limit)
-        self.images: Tensor | None = None
-        labels = torch.full((self.num_samples,), -1)
-        self.readable = torch.ones(self.num_samples, dtype=torch.bool)
-        for index, batch in _read_all(source, cfg, seed):
-            for line in self.bad.add(batch.bad):
-                log.warning(line)
-            for missing, _, _ in batch.bad:
-                self.readable[missing] = False
-            if len(batch.sample_id) == 0:
-                continue
-            if self.images is None:
-                shape = (self.num_samples, *batch.images.shape[1:])
-                self.images = torch.zeros(shape, dtype=torch.uint8)
-            same = batch.images.shape[1:] == self.images.shape[1:]
-            side = torch.tensor(self.images.shape[-2:])
-            if not same or not bool((batch.sizes == side).all()):
-                raise DataError(
-                    f"data.resident=always needs images of one size; near sample {index} they "
-                    "differ. Use data.resident=never"
-                )
-            self.images[batch.sample_id] = batch.images
-            if batch.labels is not None:
-                labels[batch.sample_id] = batch.labels
-        if self.images is None:
-            raise DataError(f"no sample of {source.info.name} could be read")
-        self.images = self.images.to(device)
-        self.labels = labels.to(device) if "label" in source.info.fields else None
-
-    def resolve(self, indices: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-        """Indices with unreadable samples replaced as the streaming path replaces them."""
-        if not self.bad.reasons:
-            return indices
-        result = indices.copy()
-        for row, index in enumerate(indices.tolist()):
-            attempt = 0
-            while not self.readable[result[row]]:
-                result[row] = replacement(index, self.num_samples, seed, epoch, attempt)
-                attempt += 1
-        return result
-
-    def take(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Images, sizes and labels at `ids (B,)` on the device."""
-        assert self.images is not None
-        images = self.images.index_select(0, ids)  # whole images: copied as blocks
-        sizes = torch.tensor(images.shape[-2:], device=images.device).expand(len(ids), 2)
-        return images, sizes, None if self.labels is None else self.labels[ids]
-
-
-def _read_all(source: Source, cfg: DataConfig, seed: int) -> Iterator[tuple[int, HostBatch]]:
-    starts = range(0, len(source), _CHUNK)
-    draws = (Draw(np.arange(s, min(s + _CHUNK, len(source))), None) for s in starts)
-    yield from zip(starts, read_batches(source, cfg, seed, draws))
-
-
 def probe_sizes(source: Source, cfg: DataConfig) -> Tensor:
     """`(P, 2)` heights and widths of a few samples spread over the source."""
     probe = np.unique(np.linspace(0, len(source) - 1, _PROBED).astype(int))
@@ -151,6 +99,19 @@ def check_crops(source: Source, sizes: Tensor, image_size: int, needs: Needs) ->
                     f"images of {source.info.name} are {side} pixels wide and method.crop_padding="
                     f"{op.padding} cuts windows of {wanted} from them. Use encoder.image_size="
                     f"{side}, or method.crop_padding=null, which resizes"
+                )
+
+
+def check_mirror(source: Source, needs: Needs) -> None:
+    """Raise `ConfigError` where a view mirrors images whose captions speak of left and right."""
+    if not needs.text or source.info.mirror_safe:
+        return
+    for view in needs.views:
+        for op in view.ops:
+            if isinstance(op, HorizontalFlip) and op.p > 0:
+                raise ConfigError(
+                    f"captions of {source.info.name} do not survive a mirror (left and right, "
+                    "letters): set method.flip=0"
                 )
 
 
@@ -185,8 +146,13 @@ class TrainPipeline:
         seed: int,
         share: Share,
         device: torch.device,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         check_fields(source, needs)
+        check_mirror(source, needs)
+        self.tokenizer = tokenizer if needs.text else None
+        if needs.text and tokenizer is None:
+            raise ConfigError("the method reads captions: choose a tokenizer, e.g. text=clip")
         if cfg.repeats < 1:
             raise ConfigError(f"data.repeats={cfg.repeats} must be at least 1, which repeats none")
         self.source, self.needs, self.cfg = source, needs, cfg
@@ -201,7 +167,13 @@ class TrainPipeline:
         check_crops(source, probed, image_size, needs)
         _warn_of_size(source, probed, image_size)
         resident = fits(probed, len(source), cfg)
-        self.residents = Residents(source, cfg, seed, device) if resident else None
+        self.caption_counts = CaptionCounts()
+        self.residents = None
+        if resident:
+            self.residents = Residents(source, cfg, seed, device, self.tokenizer)
+            if self.residents.text is not None and self.tokenizer is not None:
+                self.caption_counts.add(to_device(self.residents.text, torch.device("cpu")))
+                log.info(self.caption_counts.line(self.tokenizer.context_length))
         self.bad = (
             self.residents.bad if self.residents else BadSamples(len(source), cfg.corrupt_limit)
         )
@@ -231,20 +203,33 @@ class TrainPipeline:
             return
         draws = (Draw(self.indices(s, m), s // self.steps_per_epoch) for s, m in plan)
         pin = self.device.type == "cuda"
-        hosts = read_batches(self.source, self.cfg, self.seed, draws, pin)
+        hosts = read_batches(
+            self.source, self.cfg, self.seed, draws, pin=pin, tokenizer=self.tokenizer
+        )
         # A second walk through the plan: workers run ahead of it in the first.
         for host, (step, micro) in zip(hosts, self._plan(start_step, total_steps)):
             for line in self.bad.add(host.bad):
                 log.warning(line)
             images, sizes, ids, labels = _to_device(host, self.device)
-            yield self._views(images, sizes, ids, labels, self._keys(ids, step, micro))
+            batch = self._views(images, sizes, ids, labels, self._keys(ids, step, micro))
+            if host.text is not None:
+                self.caption_counts.add(host.text)
+                self._add_text(batch, to_device(host.text, self.device))
+            yield batch
 
     def _resident_batch(self, residents: Residents, step: int, micro: int) -> Batch:
         epoch = step // self.steps_per_epoch
         indices = residents.resolve(self.indices(step, micro), self.seed, epoch)
         ids = torch.from_numpy(indices).to(self.device)
         images, sizes, labels = residents.take(ids)
-        return self._views(images, sizes, ids, labels, self._keys(ids, step, micro))
+        batch = self._views(images, sizes, ids, labels, self._keys(ids, step, micro))
+        if residents.text is not None:
+            self._add_text(batch, residents.captions(ids, self.seed, epoch))
+        return batch
+
+    def _add_text(self, batch: Batch, text: EncodedText) -> None:
+        found = {"text": text.ids, "text_length": text.lengths}
+        batch.update({f.name: found[f.name] for f in self.needs.fields if f.name in found})
 
     def _keys(self, ids: Tensor, step: int, micro_step: int) -> Tensor:
         """(B,) what each sample's augmentation is drawn from: seed, epoch, sample and copy."""

@@ -116,6 +116,9 @@ class VisionEncoder(nn.Module):
             "reduced: use e.g. encoder=deit_small_patch16_224"
         )
 
+    def drop_head_bias(self) -> None:
+        """Make the head a projection without bias, where the model is a plain ViT."""
+
     def classify(self, out: EncoderOut) -> Tensor:
         """Class logits (B, C) of an output, by the model's own pooling and head."""
         raise NotImplementedError

@@ -5,15 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlx.core.errors import ConfigError
+from vlx.core.text import Tokenizer
 from vlx.encoders.base import VisionEncoder
 from vlx.encoders.checkpoint import load_encoder
-from vlx.encoders.config import EncoderConfig, PosEmbed
+from vlx.encoders.config import EncoderConfig, PosEmbed, TextConfig
 from vlx.encoders.conv_mae import ConvMae, is_conv_mae
+from vlx.encoders.text import TextEncoder
 from vlx.encoders.timm_backbone import TimmBackbone
 from vlx.encoders.timm_vit import TimmVit, is_plain_vit, load_published
+
+if TYPE_CHECKING:
+    from vlx.encoders.language_model import LanguageModel
 
 log = logging.getLogger("vlx")
 
@@ -22,11 +27,20 @@ class EncoderBuilder:
     """Implements `core.method.Builder` from configs by role ("encoder", "teacher")."""
 
     def __init__(
-        self, roles: Mapping[str, EncoderConfig | None], num_classes: int, load_weights: bool = True
+        self,
+        roles: Mapping[str, EncoderConfig | None],
+        num_classes: int,
+        load_weights: bool = True,
+        *,
+        text: TextConfig | None = None,
+        tokenizer: Tokenizer | None = None,
+        class_names: tuple[str, ...] = (),
     ) -> None:
         self.roles = dict(roles)
         self.num_classes = num_classes
+        self.class_names = class_names
         self.load_weights = load_weights
+        self._text, self._tokenizer = text, tokenizer
 
     @property
     def image_size(self) -> int:
@@ -34,19 +48,50 @@ class EncoderBuilder:
         assert encoder is not None
         return encoder.image_size
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of the run's text. Raises `ConfigError` where the run has none."""
+        if self._tokenizer is None:
+            raise ConfigError("the method reads text and the run has none: choose it by text=clip")
+        return self._tokenizer
+
+    def text(self, **architecture: Any) -> TextEncoder:
+        """The text encoder that `text` names, with its weights where it names some."""
+        from vlx.encoders.text_build import build_text_encoder
+
+        tokenizer = self.tokenizer
+        assert self._text is not None
+        encoder = build_text_encoder(self._text, tokenizer, **architecture)
+        if self.load_weights and self._text.checkpoint:
+            load_encoder(encoder, self._text.checkpoint)
+        return encoder
+
+    def language_model(self) -> LanguageModel:
+        """The language model that `text` names, with its weights where it names some."""
+        from vlx.encoders.text_build import build_language_model
+
+        tokenizer = self.tokenizer
+        assert self._text is not None
+        model = build_language_model(self._text, tokenizer)
+        if self.load_weights and self._text.checkpoint:
+            load_encoder(model, self._text.checkpoint)
+        return model
+
     def vision(
         self,
         role: str = "encoder",
         *,
         init: Callable[[VisionEncoder], None] | None = None,
         num_classes: int = 0,
+        head_bias: bool = True,
         arguments: Mapping[str, Any] | None = None,
         **architecture: Any,
     ) -> VisionEncoder:
         """The encoder of a role; keywords (`pos_embed="sincos"`) fix what the paper fixes.
 
-        num_classes: with a head for so many classes, for `classify`; 0 for none. arguments: for
-        the model's own constructor, where it is not a plain ViT.
+        num_classes: with a head for so many classes, for `classify`; 0 for none. head_bias: False
+        for a projection, where the model is a plain ViT. arguments: for the model's own
+        constructor, where it is not a plain ViT.
 
         init: the paper's initialisation, applied before any published or saved weights are loaded.
         """
@@ -61,6 +106,8 @@ class EncoderBuilder:
         if num_classes and is_conv_mae(cfg.name):
             raise ConfigError(f"{role}.name={cfg.name} has no classifier; use a timm ViT")
         encoder = build_encoder(cfg, num_classes, arguments or {})
+        if not head_bias:
+            encoder.drop_head_bias()
         if init is not None:
             init(encoder)
         if self.load_weights and role != "encoder" and not (cfg.pretrained or cfg.checkpoint):

@@ -17,7 +17,10 @@ log = logging.getLogger("vlx")
 
 # Keys of published files that are not the encoder's: decoders, heads, momentum copies.
 _NOT_ENCODER = ("decoder", "mask_token", "head.", "fc_norm.", "mimic", "teacher.", "momentum")
-_PREFIXES = ("encoder.vit.", "encoder.model.", "vit.", "module.", "backbone.", "encoder.")
+_PREFIXES = (
+    "encoder.vit.", "encoder.model.", "image.vit.", "image.model.", "vit.", "module.", "backbone.",
+    "encoder.", "towers.image.vit.", "towers.image.model.", "towers.text.", "text.",
+)  # fmt: skip
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -64,17 +67,19 @@ def _weights_of_run(run: Path) -> Path:
 
 def encoder_state(state: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
     """The entries of `state` under the encoder's own `names`, whatever prefix they carry."""
+    best: dict[str, Tensor] = {}
     for prefix in ("", *_PREFIXES, "module.encoder.", "encoder.encoder."):
         found = {
             key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)
         }
-        if names & found.keys():
-            return {
-                key: value
-                for key, value in found.items()
-                if key in names or not key.startswith(_NOT_ENCODER)
-            }
-    return {}
+        # Two towers both have `blocks.0`: the one that shares more names is meant.
+        if len(names & found.keys()) > len(names & best.keys()):
+            best = found
+    return {
+        key: value
+        for key, value in best.items()
+        if key in names or not key.startswith(_NOT_ENCODER)
+    }
 
 
 def load_encoder(
@@ -92,8 +97,14 @@ def load_encoder(
     own = encoder.state_dict()
     state = encoder_state(read_weights(path), set(own))
     if grid is not None:
-        _fit_positions(own, state, grid, prefix)
+        fit_positions(own, state, grid, prefix)
     _fit_head(own, state, path)
+    load_whole(encoder, state, path)
+
+
+def load_whole(module: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+    """Load every tensor of a module, or nothing, naming the keys that do not fit."""
+    own = module.state_dict()
     missing = sorted(own.keys() - state.keys())
     unexpected = sorted(state.keys() - own.keys())
     reshaped = [
@@ -105,7 +116,7 @@ def load_encoder(
         parts = (("missing", missing), ("unexpected", unexpected), ("reshaped", reshaped))
         report = "; ".join(f"{len(k)} {what}: {', '.join(k[:3])}" for what, k in parts if k)
         raise CheckpointError(f"{path} does not fit the encoder, nothing was loaded. {report}")
-    encoder.load_state_dict(state)
+    module.load_state_dict(state)
 
 
 def _fit_head(own: dict[str, Tensor], state: dict[str, Tensor], path: str | Path) -> None:
@@ -122,14 +133,22 @@ def _fit_head(own: dict[str, Tensor], state: dict[str, Tensor], path: str | Path
         log.warning(
             f"{path} classifies {len(saved)} classes and the data has {len(head)}: the head is new"
         )
+    state.pop("head.bias", None)
     state |= {name: value for name, value in own.items() if name.startswith("head.")}
 
 
-def _fit_positions(
-    own: dict[str, Tensor], state: dict[str, Tensor], grid: tuple[int, int], prefix: int
+def fit_positions(
+    own: dict[str, Tensor],
+    state: dict[str, Tensor],
+    grid: tuple[int, int],
+    prefix: int,
+    key: str = "pos_embed",
 ) -> None:
-    """Resample `state["pos_embed"]` to `grid` where only the number of places differs."""
-    table, wanted = state.get("pos_embed"), own.get("pos_embed")
+    """Resample the position table `state[key]` to `grid` where only the number of places differs.
+
+    prefix: class and register tokens, whose rows stay as they are.
+    """
+    table, wanted = state.get(key), own.get(key)
     if table is None or wanted is None or table.ndim != 3 or table.shape[-1] != wanted.shape[-1]:
         return
     rows = wanted.shape[1] - grid[0] * grid[1]  # table rows that belong to prefix tokens
@@ -138,4 +157,4 @@ def _fit_positions(
         return
     old = math.isqrt(count)
     log.info(f"position table resampled from {old}x{old} to {grid[0]}x{grid[1]} patches")
-    state["pos_embed"] = resample_abs_pos_embed(table, list(grid), [old, old], rows)
+    state[key] = resample_abs_pos_embed(table, list(grid), [old, old], rows)

@@ -24,3 +24,25 @@ def trunc_normal_vit_init(encoder: VisionEncoder) -> None:
         nn.init.trunc_normal_(token, std=0.02)
     if isinstance(encoder, TimmVit) and encoder.vit.pos_embed is not None:
         nn.init.trunc_normal_(encoder.vit.pos_embed, std=0.02)
+
+
+def clip_vision_init(encoder: VisionEncoder) -> None:
+    """CLIP's: class token, positions and projection N(0, 1/width), attention as PyTorch's own
+    multi-head attention starts, all else as PyTorch's layers do. Of a plain ViT; others keep what
+    their library gives them."""
+    if not isinstance(encoder, TimmVit):
+        return
+    vit, std = encoder.vit, encoder.spec.dim**-0.5
+    for module in vit.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm):
+            module.reset_parameters()
+    for block in vit.blocks:
+        nn.init.xavier_uniform_(block.attn.qkv.weight)  # type: ignore[union-attr, arg-type]
+        for layer in (block.attn.qkv, block.attn.proj):  # type: ignore[union-attr]
+            nn.init.zeros_(layer.bias)  # type: ignore[union-attr, arg-type]
+    for token in encoder.prefix_tokens:
+        nn.init.normal_(token, std=std)
+    if vit.pos_embed is not None and vit.pos_embed.requires_grad:
+        nn.init.normal_(vit.pos_embed, std=std)
+    if isinstance(vit.head, nn.Linear):
+        nn.init.normal_(vit.head.weight, std=std)

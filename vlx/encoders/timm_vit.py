@@ -131,6 +131,10 @@ class TimmVit(VisionEncoder):
     def check_hooks(self) -> None:
         check_blocks(self.vit.blocks, type(self.vit).__name__)
 
+    def drop_head_bias(self) -> None:
+        if isinstance(self.vit.head, nn.Linear):
+            self.vit.head.register_parameter("bias", None)
+
     def classify(self, out: EncoderOut) -> Tensor:
         """timm's own pooling, norm and head; a mean over patches counts a merged token as many."""
         sizes = None if out.state is None else out.state.size

@@ -8,12 +8,14 @@ import torch
 
 from vlx.core import registry
 from vlx.core.errors import ConfigError
-from vlx.core.method import Trainable
+from vlx.core.method import Coupled, Trainable
+from vlx.core.text import Tokenizer
 from vlx.data.pipeline import Share, TrainPipeline
 from vlx.data.source import Source
 from vlx.encoders.build import EncoderBuilder
 from vlx.engine.config import RunConfig
 from vlx.engine.parallel import Parallel
+from vlx.engine.text import shape_tokenizer
 
 SOME_CLASSES = 1000
 """Where the data, and so their number, is not known."""
@@ -27,10 +29,14 @@ def trainable(slug: str) -> type[Trainable]:
     return cls
 
 
-def build_method(cfg: RunConfig, source: Source, *, load_weights: bool) -> Trainable:
+def build_method(
+    cfg: RunConfig, source: Source, tokenizer: Tokenizer | None, *, load_weights: bool
+) -> Trainable:
     """The method with the weights of `cfg.seed`, or those that the config names."""
     torch.manual_seed(cfg.seed)
-    return _build(cfg, source.info.num_classes, load_weights=load_weights)
+    names = source.info.class_names
+    builder = builder_of(cfg, len(names), tokenizer, names, load_weights=load_weights)
+    return _build(cfg, builder)
 
 
 def check_build(cfg: RunConfig) -> None:
@@ -38,24 +44,46 @@ def check_build(cfg: RunConfig) -> None:
 
     Its classes are not known yet, so that any number stands for them.
     """
+    tokenizer = shape_tokenizer(cfg.text)
     with torch.device("meta"):
-        _build(cfg, SOME_CLASSES, load_weights=False)
+        _build(cfg, builder_of(cfg, SOME_CLASSES, tokenizer, load_weights=False))
 
 
-def _build(cfg: RunConfig, num_classes: int, *, load_weights: bool) -> Trainable:
+def builder_of(
+    cfg: RunConfig,
+    num_classes: int,
+    tokenizer: Tokenizer | None,
+    class_names: tuple[str, ...] = (),
+    *,
+    load_weights: bool,
+) -> EncoderBuilder:
+    """What a method of this run builds its parts with."""
+    return EncoderBuilder(
+        {"encoder": cfg.encoder, "teacher": cfg.teacher},
+        num_classes,
+        load_weights,
+        text=cfg.text,
+        tokenizer=tokenizer,
+        class_names=class_names,
+    )
+
+
+def _build(cfg: RunConfig, builder: EncoderBuilder) -> Trainable:
     cls = trainable(cfg.slug)
-    if cls.couples_batch and cfg.train.accumulate > 1:
+    if cls.couples_batch and cfg.train.accumulate > 1 and not issubclass(cls, Coupled):
         raise ConfigError(
             f"train.accumulate={cfg.train.accumulate}: a loss of {cfg.slug} compares the "
             "samples of a batch, so micro-batches would change it. Use train.accumulate=1"
         )
-    roles = {"encoder": cfg.encoder, "teacher": cfg.teacher}
-    builder = EncoderBuilder(roles, num_classes, load_weights=load_weights)
     return cls(cfg.method, builder)
 
 
 def build_pipeline(
-    cfg: RunConfig, source: Source, cls: type[Trainable], parallel: Parallel
+    cfg: RunConfig,
+    source: Source,
+    cls: type[Trainable],
+    parallel: Parallel,
+    tokenizer: Tokenizer | None = None,
 ) -> TrainPipeline:
     """This process's share of the training data."""
     return TrainPipeline(
@@ -66,6 +94,7 @@ def build_pipeline(
         seed=cfg.seed,
         share=Share(cfg.train.batch_size, cfg.train.accumulate, parallel.rank, parallel.world),
         device=parallel.device,
+        tokenizer=tokenizer,
     )
 
 

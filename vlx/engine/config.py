@@ -9,7 +9,7 @@ from typing import Any
 
 from vlx.core.errors import ConfigError
 from vlx.data.config import DataConfig
-from vlx.encoders.config import EncoderConfig
+from vlx.encoders.config import EncoderConfig, TextConfig
 from vlx.evals.config import EvalConfig
 from vlx.track.config import TrackConfig
 
@@ -69,6 +69,8 @@ class OptimConfig:
     """Absolute learning rate; overrides base_lr."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     """Adam's and LAMB's moment decays."""
+    eps: float = 1e-8
+    """Added to the root of the second moment of adamw. CLIP: 1e-6."""
     momentum: float = 0.9
     """Of sgd and lars."""
     weight_decay: float = 0.05
@@ -183,6 +185,8 @@ class RunConfig:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     teacher: EncoderConfig | None = None
     """A second, frozen encoder, for methods that have one."""
+    text: TextConfig | None = None
+    """The text side, for methods that read captions: an encoder or a language model."""
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

@@ -28,12 +28,14 @@ from vlx.encoders.base import EncoderFeatures
 from vlx.encoders.build import EncoderBuilder
 from vlx.encoders.checkpoint import read_weights
 from vlx.engine import rundir
+from vlx.engine.build import builder_of
 from vlx.engine.checkpoint import weights_checksum
 from vlx.engine.config import RunConfig
 from vlx.engine.environment import hardware
 from vlx.engine.evaluate import Outcome, run_evaluators
 from vlx.engine.load import from_dict, read_config, run_config
 from vlx.engine.parallel import Parallel
+from vlx.engine.text import run_tokenizer
 from vlx.evals.base import EvalData, Subject
 from vlx.evals.registry import evaluator
 
@@ -165,8 +167,9 @@ def build_subject(
             f"{names} needs more than an encoder: give a run directory, not {path}"
         )
     trained = run_config(read_config(run))
-    roles = {"encoder": replace(cfg.encoder, checkpoint=None), "teacher": trained.teacher}
-    builder = EncoderBuilder(roles, num_classes, load_weights=False)
+    trained.encoder = replace(cfg.encoder, checkpoint=None)
+    tokenizer = run_tokenizer(trained.text, run)
+    builder = builder_of(trained, num_classes, tokenizer, load_weights=False)
     method = registry.load(trained.slug)(trained.method, builder)
     if load_weights:
         try:

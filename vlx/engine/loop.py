@@ -16,12 +16,13 @@ from torch import nn
 
 from vlx.core.errors import ConfigError, DivergedError, Interrupted, nearest
 from vlx.core.fields import Batch
-from vlx.core.method import StepContext, Trainable
+from vlx.core.method import Coupled, StepContext, Trainable
 from vlx.core.random import step_seed
 from vlx.data.pipeline import TrainPipeline
 from vlx.engine import checkpoint
 from vlx.engine.config import RunConfig
 from vlx.engine.ema import Ema, copy_full
+from vlx.engine.gradient_cache import cached_gradients
 from vlx.engine.nonfinite import Evidence, save_evidence
 from vlx.engine.optim import Rates, build_optimizer, layer_scales, peak_lr
 from vlx.engine.parallel import Parallel
@@ -154,20 +155,36 @@ class Trainer:
         self.rates.apply(self.optimizer, step)
         self.optimizer.zero_grad(set_to_none=True)
         record = StepRecord()
-        for micro in range(accumulate):
-            with clock:
-                batch = next(batches)
-            ctx = self._seeded(step, micro)
-            with parallel.accumulate_locally(self.module, micro == accumulate - 1):
-                with parallel.accelerator.autocast():
-                    losses, metrics = self.module(batch, ctx)
-                    total = torch.stack([loss.float() for loss in losses.values()]).sum()
-                parallel.accelerator.backward(total / accumulate)
-            record.add(batch["sample_id"], losses, metrics)
+        if accumulate > 1 and self.method.couples_batch:
+            self._cached_gradients(step, batches, clock, record)
+        else:
+            for micro in range(accumulate):
+                with clock:
+                    batch = next(batches)
+                ctx = self._seeded(step, micro)
+                with parallel.accumulate_locally(self.module, micro == accumulate - 1):
+                    with parallel.accelerator.autocast():
+                        losses, metrics = self.module(batch, ctx)
+                        total = torch.stack([loss.float() for loss in losses.values()]).sum()
+                    parallel.accelerator.backward(total / accumulate)
+                record.add(batch["sample_id"], losses, metrics)
         parallel.accelerator.unscale_gradients()
         self.method.before_update(self._context(step, accumulate - 1))
         record.grad_norm = parallel.clip(self.params, self.cfg.optim.clip_norm)
         return record
+
+    def _cached_gradients(
+        self, step: int, batches: Iterator[Batch], clock: Clock, record: StepRecord
+    ) -> None:
+        """All micro-batches as one batch, for a loss that compares samples."""
+        with clock:
+            parts = [next(batches) for _ in range(self.cfg.train.accumulate)]
+        assert isinstance(self.method, Coupled)
+        out = cached_gradients(
+            self.method, self.module, self.parallel, parts, lambda micro: self._seeded(step, micro)
+        )
+        for batch in parts:
+            record.add(batch["sample_id"], out.losses, out.metrics)
 
     def _apply(self, step: int) -> None:
         """The update, and what follows one: momentum teachers, averages."""

@@ -25,6 +25,7 @@ from vlx.engine import checkpoint
 from vlx.engine.build import build_method, build_pipeline, total_steps
 from vlx.engine.config import LauncherConfig, RunConfig
 from vlx.engine.parallel import Parallel
+from vlx.engine.text import run_tokenizer
 
 FOLDER = "nonfinite"
 _FILE = "evidence.json"
@@ -95,8 +96,9 @@ def replay(cfg: RunConfig, folder: Path) -> Replay:
     parallel = Parallel(cfg.train, LauncherConfig())
     try:
         source = open_source(cfg.data, cfg.data.train_split)
-        method = build_method(cfg, source, load_weights=False).to(parallel.device)
-        pipeline = build_pipeline(cfg, source, type(method), parallel)
+        tokenizer = run_tokenizer(cfg.text, folder.parent.parent)
+        method = build_method(cfg, source, tokenizer, load_weights=False).to(parallel.device)
+        pipeline = build_pipeline(cfg, source, type(method), parallel, tokenizer)
         method.load_state_dict(checkpoint.load(saved).model)
         method.train()
         found = []

@@ -120,7 +120,8 @@ def build_optimizer(cfg: OptimConfig, groups: list[ParamGroup], lr: float) -> to
     ]
     betas = (cfg.betas[0], cfg.betas[1])
     if cfg.name is Optimizer.adamw:
-        return torch.optim.AdamW(settings, lr=lr, betas=betas, fused=_can_fuse(groups))
+        fused = _can_fuse(groups)
+        return torch.optim.AdamW(settings, lr=lr, betas=betas, eps=cfg.eps, fused=fused)
     if cfg.name is Optimizer.sgd:
         return torch.optim.SGD(settings, lr=lr, momentum=cfg.momentum, fused=_can_fuse(groups))
     if cfg.name is Optimizer.lars:

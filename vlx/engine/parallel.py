@@ -16,10 +16,26 @@ from torch.distributed.tensor import DTensor
 
 from vlx.core.errors import ConfigError
 from vlx.core.fields import Batch
-from vlx.core.method import StepContext, Trainable
+from vlx.core.method import Coupled, StepContext, Trainable
 from vlx.engine.config import Device, LauncherConfig, Precision, Strategy, TrainConfig
 
 T = TypeVar("T")
+
+
+def surrogate(
+    method: Coupled,
+    batch: Batch,
+    ctx: StepContext,
+    pulled: dict[str, Tensor],
+    together: dict[str, Tensor] | None,
+) -> Tensor:
+    """A scalar whose gradient is the step's: rows of embeddings times their gradients, and with
+    `together`, the embeddings of all, that of the parameters inside the loss itself."""
+    embedded = method.embed(batch, ctx)
+    terms = [(embedded[name].float() * grad.float()).sum() for name, grad in pulled.items()]
+    if together is not None:
+        terms += [loss.float() for loss in method.losses(together, ctx).losses.values()]
+    return torch.stack(terms).sum()
 
 
 class StepModule(nn.Module):
@@ -30,8 +46,15 @@ class StepModule(nn.Module):
         self.method = method
 
     def forward(
-        self, batch: Batch, ctx: StepContext
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        self,
+        batch: Batch,
+        ctx: StepContext,
+        pulled: dict[str, Tensor] | None = None,
+        together: dict[str, Tensor] | None = None,
+    ) -> Any:
+        """(losses, metrics) of a step; with `pulled`, the scalar of `surrogate`."""
+        if pulled is not None:
+            return surrogate(self.method, batch, ctx, pulled, together)  # type: ignore[arg-type]
         out = self.method.step(batch, ctx)
         return out.losses, out.metrics
 

@@ -33,6 +33,7 @@ from vlx.engine.load import read_config, run_config
 from vlx.engine.loop import Hooks, Trainer
 from vlx.engine.parallel import Parallel
 from vlx.engine.signals import StopRequest, stop_on_signals
+from vlx.engine.text import make_tokenizer
 from vlx.evals.base import EvalData, Subject
 from vlx.track.base import Fanout, Track
 from vlx.track.config import Tracker
@@ -128,8 +129,9 @@ class Run:
         cfg, parallel = self.cfg, self.parallel
         snapshot = self._latest()
         source = open_source(cfg.data, cfg.data.train_split)
-        method = build_method(cfg, source, load_weights=snapshot is None)
-        pipeline = build_pipeline(cfg, source, type(method), parallel)
+        tokenizer = make_tokenizer(cfg.text, source, self.run_dir, main=parallel.is_main)
+        method = build_method(cfg, source, tokenizer, load_weights=snapshot is None)
+        pipeline = build_pipeline(cfg, source, type(method), parallel, tokenizer)
         total = total_steps(cfg, pipeline.steps_per_epoch)
         self.eval_data = EvalData(
             cfg.data,
@@ -271,6 +273,9 @@ class Run:
     ) -> None:
         cfg, pipeline = self.cfg, trainer.pipeline
         device = self.parallel.device
+        if pipeline.tokenizer is not None:
+            log.info(pipeline.caption_counts.line(pipeline.tokenizer.context_length))
+            counts = {**counts, **pipeline.caption_counts.by_name()}
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2**20
         else:

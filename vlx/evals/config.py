@@ -21,3 +21,5 @@ class EvalConfig:
     """Side of the central square taken, as a share of the short side. ImageNet practice: 0.875."""
     speed_batches: list[int] = field(default_factory=lambda: [32])
     """Batch sizes at which `tokens` measures images/s; [] measures none."""
+    templates: str = "simple"
+    """Sentences that `zero-shot` puts class names in: none, simple or imagenet."""

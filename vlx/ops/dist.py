@@ -20,6 +20,34 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     return x
 
 
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[override]
+        parts = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad.chunk(world_size())[rank()]
+
+
+def gather_rows(x: Tensor) -> Tensor:
+    """Rows of every process, (W * B, ...) in the order of the processes, from this one's (B, ...).
+
+    With gradient: what every process's loss says of a row is summed at the row's own process. A
+    mean over local rows then gives, after gradients are averaged, the mean over all.
+    """
+    return x if world_size() == 1 else _Gather.apply(x)  # type: ignore[return-value]
+
+
 def global_mean(total: Tensor, count: Tensor) -> Tensor:
     """`total / count` of the global batch, such that averaging gradients over processes is exact.
 

@@ -1,0 +1,113 @@
+"""CLIP's published weights under the names that vlx gives them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vlx.core.errors import CheckpointError
+from vlx.encoders.checkpoint import fit_positions, load_whole, read_weights
+
+# Pattern of a published name -> ours; of the blocks `\2` is what is inside one.
+_HF = (
+    (r"vision_model\.embeddings\.class_embedding", "image.vit.cls_token"),
+    (r"vision_model\.embeddings\.position_embedding\.weight", "image.vit.pos_embed"),
+    (r"vision_model\.embeddings\.patch_embedding\.(\w+)", r"image.vit.patch_embed.proj.\1"),
+    (r"vision_model\.pre_layrnorm\.(\w+)", r"image.vit.norm_pre.\1"),
+    (r"vision_model\.post_layernorm\.(\w+)", r"image.vit.norm.\1"),
+    (r"vision_model\.encoder\.layers\.(\d+)\.(.+)", r"image.vit.blocks.\1.\2"),
+    (r"text_model\.embeddings\.token_embedding\.weight", "text.tokens.weight"),
+    (r"text_model\.embeddings\.position_embedding\.weight", "text.positions"),
+    (r"text_model\.final_layer_norm\.(\w+)", r"text.norm.\1"),
+    (r"text_model\.encoder\.layers\.(\d+)\.(.+)", r"text.blocks.\1.\2"),
+    (r"visual_projection\.weight", "image.vit.head.weight"),
+    (r"text_projection\.weight", "projection.weight"),
+)
+_OPENAI = (
+    (r"visual\.class_embedding", "image.vit.cls_token"),
+    (r"visual\.positional_embedding", "image.vit.pos_embed"),
+    (r"visual\.conv1\.weight", "image.vit.patch_embed.proj.weight"),
+    (r"visual\.ln_pre\.(\w+)", r"image.vit.norm_pre.\1"),
+    (r"visual\.ln_post\.(\w+)", r"image.vit.norm.\1"),
+    (r"visual\.transformer\.resblocks\.(\d+)\.(.+)", r"image.vit.blocks.\1.\2"),
+    (r"token_embedding\.weight", "text.tokens.weight"),
+    (r"positional_embedding", "text.positions"),
+    (r"ln_final\.(\w+)", r"text.norm.\1"),
+    (r"transformer\.resblocks\.(\d+)\.(.+)", r"text.blocks.\1.\2"),
+    (r"visual\.proj", "image.vit.head.weight"),
+    (r"text_projection", "projection.weight"),
+)
+_INSIDE = (
+    (r"layer_norm(\d)\.|ln_(\d)\.", r"norm\1\2."),
+    (r"self_attn\.out_proj\.|attn\.out_proj\.", "attn.proj."),
+    (r"attn\.in_proj_", "attn.qkv."),
+    (r"mlp\.c_fc\.", "mlp.fc1."),
+    (r"mlp\.c_proj\.", "mlp.fc2."),
+)
+_SCALE = "logit_scale"
+_NOT_WEIGHTS = ("position_ids", "input_resolution", "context_length", "vocab_size", "attn_mask")
+
+
+def load_clip(towers: nn.Module, logit_scale: nn.Module, path: str) -> None:
+    """Load both towers and the temperature from Hugging Face's, OpenAI's or vlx's own names.
+
+    The position table of another image size is resampled. Raises `CheckpointError` naming the keys
+    that do not fit; nothing is loaded then.
+    """
+    own = {key.removeprefix("towers."): value for key, value in _named(path).items()}
+    scale = own.pop("logit_scale", None)
+    if scale is None:
+        scale = own.pop("logit_scale.log", None)
+    if scale is None or not own:
+        raise CheckpointError(f"{path} holds no CLIP: no logit_scale, or no towers")
+    spec = towers.image.spec  # type: ignore[union-attr]
+    key = "image.vit.pos_embed"
+    fit_positions(towers.state_dict(), own, spec.grid, spec.num_prefix, key)  # type: ignore[arg-type]
+    load_whole(towers, own, path)
+    with torch.no_grad():
+        logit_scale.log.copy_(scale)  # type: ignore[union-attr, operator]
+
+
+def _named(path: str | Path) -> dict[str, Tensor]:
+    """A file's tensors under our names, joint projections and added axes in place."""
+    state = {k: v for k, v in read_weights(path).items() if not k.endswith(_NOT_WEIGHTS)}
+    if any(key.startswith("vision_model.") for key in state):
+        state = _joined({_renamed(key, _HF): value for key, value in state.items()})
+    elif any(key.startswith("visual.") for key in state):
+        state = {_renamed(key, _OPENAI): value.float() for key, value in state.items()}
+        for key in ("image.vit.head.weight", "projection.weight"):
+            state[key] = state[key].T.contiguous()  # theirs multiply from the right
+    else:
+        return state
+    for key in ("image.vit.cls_token", "image.vit.pos_embed"):
+        state[key] = state[key].reshape(1, -1, state[key].shape[-1])
+    return state
+
+
+def _renamed(key: str, table: tuple[tuple[str, str], ...]) -> str:
+    for pattern, ours in table:
+        found = re.fullmatch(pattern, key)
+        if found is None:
+            continue
+        key = found.expand(ours)
+        for inside, name in _INSIDE:
+            key = re.sub(rf"(?<=\.){inside}", lambda m, to=name: m.expand(to), key)
+        return key
+    return key
+
+
+def _joined(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Hugging Face's three projections of attention as one."""
+    joined: dict[str, Tensor] = {}
+    for key, value in state.items():
+        found = re.fullmatch(r"(.+)\.self_attn\.q_proj\.(\w+)", key)
+        if found:
+            block, kind = found[1], found[2]
+            parts = [state[f"{block}.self_attn.{part}_proj.{kind}"] for part in "qkv"]
+            joined[f"{block}.attn.qkv.{kind}"] = torch.cat(parts)
+        elif not re.search(r"\.self_attn\.[kv]_proj\.", key):
+            joined[key] = value
+    return joined

@@ -1,0 +1,68 @@
+"""An image tower and a text tower into one space: what contrastive methods share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from vlx.core.capability import DualEncoder
+from vlx.core.fields import TEXT, TEXT_LENGTH
+from vlx.core.method import Builder
+from vlx.encoders.init import clip_vision_init
+
+PAIR_FIELDS = (TEXT, TEXT_LENGTH)
+_TEXTS_AT_ONCE = 256
+
+
+class Towers(nn.Module):
+    """`image` and `text`, each with a projection into `embed_dim` dimensions without bias.
+
+    A ViT is read at its class token; other models of timm by their own pooling (CLIP's ResNets:
+    attention) and head.
+    """
+
+    def __init__(self, build: Builder, embed_dim: int, *, causal: bool = True) -> None:
+        super().__init__()
+        self.tokenizer = build.tokenizer
+        self.image = build.vision(init=clip_vision_init, num_classes=embed_dim, head_bias=False)
+        self.text = build.text(causal=causal)
+        self.projection = nn.Linear(self.text.spec.dim, embed_dim, bias=False)
+        nn.init.normal_(self.projection.weight, std=self.text.spec.dim**-0.5)
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """images: (B, 3, H, W), RGB in 0..1. Returns (B, E) of unit length."""
+        return normalize(self.image.classify(self.image(images)), dim=-1)
+
+    def embed_text(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """ids: (B, L), lengths: (B,). Returns (B, E) of unit length."""
+        return normalize(self.projection(self.text(ids, lengths).pooled), dim=-1)
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Texts as they are written to (T, E) of unit length."""
+        device = self.projection.weight.device
+        parts = []
+        for start in range(0, len(texts), _TEXTS_AT_ONCE):
+            found = self.tokenizer.encode(texts[start : start + _TEXTS_AT_ONCE])
+            ids, lengths = (torch.from_numpy(a).to(device) for a in (found.ids, found.lengths))
+            parts.append(self.embed_text(ids, lengths))
+        return torch.cat(parts)
+
+
+class JointSpace(DualEncoder):
+    """The towers as evaluators see them."""
+
+    def __init__(self, towers: Towers, scale: nn.Module) -> None:
+        self.towers, self.scale = towers, scale
+
+    @property
+    def logit_scale(self) -> float:
+        return float(self.scale())
+
+    def joint_image_features(self, images: Tensor) -> Tensor:
+        return self.towers.embed_images(images)
+
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        return self.towers.embed_texts(texts)

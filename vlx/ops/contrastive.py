@@ -1,0 +1,68 @@
+"""Contrastive losses between two sets of paired vectors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vlx.ops.dist import gather_rows, rank
+from vlx.ops.precision import without_autocast
+
+
+def clip_loss(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
+    """The symmetric cross-entropy of CLIP (Radford et al. 2021, figure 3) over all processes.
+
+    images, texts: (B, E) of unit length, this process's pairs; scale: scalar that multiplies
+    cosines. Returns the mean over both directions of this process's rows against the columns of
+    all; its mean over processes, gradients included, is the loss of the whole batch. One (B, W * B)
+    block of logits is held at a time.
+    """
+    images, texts, scale = images.float(), texts.float(), scale.float()
+    first = rank() * len(images)
+    by_image = paired_cross_entropy(images, gather_rows(texts), scale, first)
+    by_text = paired_cross_entropy(texts, gather_rows(images), scale, first)
+    return (by_image + by_text) / 2
+
+
+def paired_cross_entropy(queries: Tensor, keys: Tensor, scale: Tensor, first: int = 0) -> Tensor:
+    """Mean cross-entropy of `scale * queries keysᵀ`, where query i belongs to key `first + i`.
+
+    queries: (B, E), keys: (M, E), float32; scale: scalar. The logits live only in the forward
+    pass: what their softmax says of the inputs is worked out there, (B + M) * E numbers.
+    """
+    return _PairedCrossEntropy.apply(queries, keys, scale, first)  # type: ignore[return-value]
+
+
+class _PairedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, queries: Tensor, keys: Tensor, scale: Tensor, first: int) -> Tensor:  # type: ignore[override]
+        with without_autocast(queries):
+            logits = queries @ keys.T  # (B, M), cosines until they are scaled
+            logits *= scale
+            rows = torch.arange(len(queries), device=queries.device)
+            places = rows + first
+            own = logits[rows, places]
+            total = logits.logsumexp(1)
+            loss = (total - own).mean()
+            if not any(ctx.needs_input_grad[:3]):
+                return loss
+            weights = (logits - total[:, None]).exp_()  # softmax
+            weights[rows, places] -= 1
+            weights /= len(queries)
+            pulled = weights @ keys  # (B, E): times scale, the gradient of the queries
+            ctx.save_for_backward(pulled, weights.T @ queries, queries, scale)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        pulled, pushed, queries, scale = ctx.saved_tensors
+        # d loss / d scale = sum of weights * cosines = sum over queries of <pulled, query>
+        of_scale = (pulled * queries).sum() * grad
+        return pulled * (scale * grad), pushed * (scale * grad), of_scale.reshape(scale.shape), None
+
+
+def mean_of_templates(features: Tensor) -> Tensor:
+    """Class weights from texts: (C, T, E) of unit length to (C, E) of unit length, the mean over
+    templates normalised again."""
+    return normalize(features.mean(1), dim=-1)
