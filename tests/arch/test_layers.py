@@ -40,6 +40,8 @@ FENCES: dict[str, tuple[str, ...]] = {
     "typer": ("cli.py",),
     "accelerate": ("engine/",),
     "transformers": ("encoders/",),
+    "peft": ("encoders/",),
+    "open_clip": ("encoders/", "evals/"),
     "timm.layers": ("encoders/", "blocks/", "methods/"),
     "timm.models": ("encoders/", "blocks/", "methods/"),
     "timm.optim": ("engine/optim.py",),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import timm
 import torch
 from torch.nn.functional import cross_entropy
 
 from tests.contract.build import build, config, context, smoke_batch
+from vlx.core.errors import ConfigError
 from vlx.encoders.build import EncoderBuilder
-from vlx.methods.supervised import Supervised
+from vlx.methods.supervised import Supervised, Tune
 
 
 def test_the_loss_is_cross_entropy_of_timms_own_logits() -> None:
@@ -41,12 +43,56 @@ def test_mixing_acts_in_training_alone() -> None:
     assert torch.equal(still, batch["image"])
 
 
-def test_freeze_trains_the_head_alone() -> None:
+def tuned(tune: Tune, **keys) -> Supervised:
     cfg = config("supervised")
     builder = EncoderBuilder({"encoder": cfg.encoder}, 10, load_weights=False)
-    method = Supervised(replace(cfg.method, freeze=True), builder)
-    trained = {name for name, param in method.named_parameters() if param.requires_grad}
-    assert trained == {"encoder.vit.head.weight", "encoder.vit.head.bias"}
+    torch.manual_seed(0)
+    return Supervised(replace(cfg.method, tune=tune, **keys), builder)
+
+
+def trained_names(method: Supervised) -> set[str]:
+    return {name for name, param in method.named_parameters() if param.requires_grad}
+
+
+HEAD = {"encoder.vit.head.weight", "encoder.vit.head.bias"}
+
+
+def test_head_trains_the_head_alone() -> None:
+    assert trained_names(tuned(Tune.head)) == HEAD
+
+
+def test_layers_trains_the_last_blocks_the_norm_and_the_head() -> None:
+    method = tuned(Tune.layers, tuned_layers=1)
+    last = method.encoder.spec.depth - 1
+    found = trained_names(method)
+    blocks = {name for name in found if ".blocks." in name}
+    assert blocks
+    assert all(name.startswith(f"encoder.vit.blocks.{last}.") for name in blocks)
+    assert found - blocks == HEAD | {"encoder.vit.norm.weight", "encoder.vit.norm.bias"}
+    with pytest.raises(ConfigError, match=r"method\.tuned_layers=99"):
+        tuned(Tune.layers, tuned_layers=99)
+
+
+@pytest.mark.parametrize("tune", [Tune.lora, Tune.ia3])
+def test_adapters_start_as_the_plain_model_and_leave_it_frozen(tune: Tune) -> None:
+    plain, method = tuned(Tune.head).eval(), tuned(tune).eval()
+    head = plain.encoder.vit.head.state_dict()
+    method.encoder.vit.head.load_state_dict(head)
+    batch = smoke_batch("supervised")
+    torch.testing.assert_close(
+        method.class_logits(batch["image"]), plain.class_logits(batch["image"])
+    )
+    found = trained_names(method)
+    assert found == HEAD | set(method.inserted())
+    assert len(method.inserted()) > 0
+
+
+def test_lora_has_the_counted_parameters() -> None:
+    method = tuned(Tune.lora, rank=4)
+    spec = method.encoder.spec
+    expected = spec.depth * 4 * ((spec.dim + 3 * spec.dim) + (spec.dim + spec.dim))
+    inserted = dict(method.named_parameters())
+    assert sum(inserted[name].numel() for name in method.inserted()) == expected
 
 
 def test_the_paper_preset_is_timms_deit() -> None:

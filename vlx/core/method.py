@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
@@ -181,6 +181,14 @@ class Trainable(Method):
     shards: ClassVar[bool] = True
     """False when the step goes around the forward of its transformer blocks (hooks inside them):
     FSDP, which gathers weights there, is then refused."""
+
+    frozen_base: bool = False
+    """True when little is trained beside a frozen model: what is trained is then saved alone too,
+    as an adapter of that model."""
+
+    def inserted(self) -> Sequence[str]:
+        """Parameter-name prefixes of what was added to the model, beside what it had itself."""
+        return ()
 
     def step(self, batch: Batch, ctx: StepContext) -> StepOutput:
         """Losses of one batch; called through DDP, so everything trained must be used here."""

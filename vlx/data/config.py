@@ -14,6 +14,14 @@ class Resident(Enum):
     never = "never"
 
 
+class Classes(Enum):
+    """Which of the classes: CoOp's base-to-new protocol."""
+
+    all = "all"
+    base = "base"
+    new = "new"
+
+
 @dataclass(kw_only=True)
 class DataConfig:
     source: str = "digits"
@@ -34,6 +42,14 @@ class DataConfig:
     """Which data set of a family of them: the class name for torchvision's data sets."""
     download: bool = False
     """Let torchvision download a data set that is not there."""
+    shots: int | None = None
+    """Train on so many samples of every class; null takes all."""
+    classes: Classes = Classes.all
+    """all, base (the first half of the classes) or new (the second), of both splits."""
+    split_seed: int | None = None
+    """Seed that draws the shots; null takes the run's seed."""
+    split_file: str | None = None
+    """Train on exactly the samples of another run: its split.json."""
     resident: Resident = Resident.auto
     """Keep all images on the device: auto does where they have one size and fit."""
     resident_limit_mb: int = 2048

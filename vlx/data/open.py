@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vlx.core.errors import DataError, nearest
 from vlx.data.config import DataConfig
+from vlx.data.few_shot import select
 from vlx.data.source import Source
 
 log = logging.getLogger("vlx")
@@ -36,7 +37,7 @@ def open_source(cfg: DataConfig, split: str) -> Source:
     source = getattr(importlib.import_module(f"vlx.data.sources.{module}"), name)(cfg, split)
     if len(source) == 0:
         raise DataError(f"data: split '{split}' of {cfg.source} at {cfg.path} is empty")
-    return source
+    return select(source, cfg, split)
 
 
 def _one_file(cfg: DataConfig) -> bool:

@@ -141,6 +141,9 @@ class TrainConfig:
     """Also keep the checkpoint with the highest value of this evaluation metric."""
     max_skipped_steps: int = 3
     """Steps in a row whose loss or gradient is not finite, after which the run stops."""
+    adapter: str | None = None
+    """Start from what another run trained beside the same frozen model: its directory, or its
+    adapter.safetensors."""
     threads: int | None = None
     """CPU threads of a process; null leaves torch's choice, divided over local processes."""
 

@@ -6,7 +6,7 @@ import json
 import logging
 import resource
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,18 @@ from rich.console import Console
 from vlx.core.errors import (
     EXIT_INTERRUPTED,
     EXIT_OK,
+    ConfigError,
     Interrupted,
     StorageError,
     VlxError,
 )
 from vlx.core.files import write_json
 from vlx.core.results import Metric, Results
+from vlx.data.few_shot import FILE as SPLIT_FILE
+from vlx.data.few_shot import Selected
 from vlx.data.open import open_source
 from vlx.engine import checkpoint, rundir
+from vlx.engine.adapter import describe, load_adapter, save_adapter
 from vlx.engine.build import build_method, build_pipeline, total_steps
 from vlx.engine.config import RunConfig
 from vlx.engine.environment import hardware
@@ -128,7 +132,11 @@ class Run:
     def _prepare(self) -> tuple[Trainer, list[Metric]]:
         cfg, parallel = self.cfg, self.parallel
         snapshot = self._latest()
+        if cfg.data.split_seed is None:
+            cfg.data = replace(cfg.data, split_seed=cfg.seed)
         source = open_source(cfg.data, cfg.data.train_split)
+        if isinstance(source, Selected) and parallel.is_main:
+            write_json(self.run_dir / SPLIT_FILE, source.record())
         tokenizer = make_tokenizer(cfg.text, source, self.run_dir, main=parallel.is_main)
         method = build_method(cfg, source, tokenizer, load_weights=snapshot is None)
         pipeline = build_pipeline(cfg, source, type(method), parallel, tokenizer)
@@ -157,6 +165,14 @@ class Run:
             saved_config=self.values,
         )
         self.method = method
+        if method.frozen_base:
+            if cfg.train.adapter is not None and snapshot is None:
+                load_adapter(cfg.train.adapter, method, slug=cfg.slug)
+            line = describe(method)
+            log.info(line)
+            self.console.print(line, highlight=False, soft_wrap=True)
+        elif cfg.train.adapter is not None:
+            raise ConfigError(f"train.adapter: {cfg.slug} trains its whole model here")
         untrained = self._untrained(trainer, snapshot)
         if snapshot is not None:
             trainer.restore(snapshot)
@@ -256,6 +272,12 @@ class Run:
         weights = checkpoint.gather(self.method.state_dict(), keep=self.parallel.is_main)
         if not self.parallel.is_main:
             return
+        if self.method.frozen_base:
+            averaged = {} if trainer.ema is None else trainer.ema.shadow
+            file = save_adapter(
+                self.run_dir, self.method, {**weights, **averaged}, slug=self.cfg.slug
+            )
+            log.info(f"what was trained: {file}, {file.stat().st_size / 2**20:.2f} MiB")
         metrics = [*untrained, *outcome.metrics]
         self._write_results(trainer, metrics, outcome.counts, checkpoint.weights_checksum(weights))
         self.track.log(step, {f"eval/{m.name}": m.value for m in outcome.metrics})

@@ -1,0 +1,108 @@
+"""What is trained beside a frozen model: printed, saved alone, loaded onto the same model only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vlx.core.errors import CheckpointError, StorageError
+from vlx.core.files import explain_write
+from vlx.core.method import Trainable
+from vlx.engine.checkpoint import weights_checksum
+
+FILE = "adapter.safetensors"
+_SHOWN = 4
+
+
+def describe(method: Trainable) -> str:
+    """`trainable 3.55 M of 124 M: inserted prompts; tuned encoder.vit.head`."""
+    params = dict(method.named_parameters())
+    trained = {name: param for name, param in params.items() if param.requires_grad}
+    inserted = tuple(method.inserted())
+    groups = {"inserted": [], "tuned": []}
+    for name in trained:
+        kind = "inserted" if name.startswith(inserted) and inserted else "tuned"
+        group = ".".join(name.split(".")[:3][: max(1, name.count("."))])
+        if group not in groups[kind]:
+            groups[kind].append(group)
+    parts = []
+    for kind, names in groups.items():
+        if names:
+            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            parts.append(f"{kind} {', '.join(names[:_SHOWN])}{more}")
+    counts = (sum(p.numel() for p in group.values()) for group in (trained, params))
+    return "trainable {} of {}: {}".format(*map(_short, counts), "; ".join(parts))
+
+
+def _short(count: int) -> str:
+    """Three digits and a unit."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)
+
+
+def split_state(
+    method: nn.Module, state: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A state dict as (what is trained, the frozen base)."""
+    trained = {name for name, param in method.named_parameters() if param.requires_grad}
+    return (
+        {name: value for name, value in state.items() if name in trained},
+        {name: value for name, value in state.items() if name not in trained},
+    )
+
+
+def save_adapter(run_dir: Path, method: nn.Module, state: dict[str, Tensor], *, slug: str) -> Path:
+    """Write the trained tensors of a full host-side state dict with the digest of the others."""
+    adapter, base = split_state(method, state)
+    meta = {"base": weights_checksum(base), "method": slug, "format": "1"}
+    file = run_dir / FILE
+    tmp = file.with_name(f".{file.name}.tmp")
+    try:
+        save_file({k: v.contiguous() for k, v in adapter.items()}, tmp, metadata=meta)
+        tmp.replace(file)
+    except (OSError, SafetensorError) as error:
+        tmp.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else OSError(0, str(error))
+        raise StorageError(explain_write(cause, file)) from error
+    return file
+
+
+def load_adapter(path: str, method: nn.Module, *, slug: str) -> None:
+    """Put a saved adapter onto a method whose frozen weights are those that it was trained beside.
+
+    path: the file, or the run directory that holds it. Raises `CheckpointError`, with nothing
+    loaded, for another base, another method, or tensors that do not fit.
+    """
+    file = Path(path).expanduser()
+    file = file / FILE if file.is_dir() else file
+    if not file.is_file():
+        raise CheckpointError(f"no adapter at {file}: a run with a frozen base writes {FILE}")
+    try:
+        with safe_open(file, "pt") as opened:
+            meta = opened.metadata() or {}
+            saved = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} is not an adapter: {error}") from error
+    own, base = split_state(method, {n: v.cpu() for n, v in method.state_dict().items()})
+    if meta.get("method") != slug:
+        raise CheckpointError(f"{file} is an adapter of {meta.get('method')}, not of {slug}")
+    differing = [
+        name
+        for name in sorted(own.keys() | saved.keys())
+        if name not in own or name not in saved or own[name].shape != saved[name].shape
+    ]
+    if differing:
+        shown = ", ".join(differing[:3])
+        raise CheckpointError(f"{file} does not fit, nothing was loaded: {len(differing)}: {shown}")
+    found = weights_checksum(base)
+    if meta.get("base") != found:
+        raise CheckpointError(
+            f"{file} was trained beside the weights {meta.get('base')}; this model's frozen "
+            f"weights are {found}: start from the same encoder.checkpoint or pretrained weights"
+        )
+    method.load_state_dict(saved, strict=False)
