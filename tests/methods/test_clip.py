@@ -207,3 +207,11 @@ def test_its_exports_embed_texts_as_written() -> None:
     assert features.shape == images.shape == (2, config("clip").method.embed_dim)
     torch.testing.assert_close(features.norm(dim=1), torch.ones(2))
     assert joint.logit_scale == pytest.approx(1 / 0.07, rel=1e-4)
+
+
+def test_a_runs_weights_ask_for_its_own_tokenizer(tmp_path: Path) -> None:
+    from vlx.encoders.tokenizers import bpe_bytes, train_bpe
+
+    (tmp_path / "tokenizer.json").write_bytes(bpe_bytes(train_bpe(TEXTS, 400, 16)))
+    with pytest.raises(CheckpointError, match=rf"set text\.tokenizer={tmp_path}"):
+        clip(ClipConfig(embed_dim=16, weights=str(tmp_path)))

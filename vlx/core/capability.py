@@ -59,6 +59,14 @@ class DualEncoder(Capability):
         """Returns (T, E) of unit length, on the model's device."""
 
 
+class OpenVocabulary(Capability):
+    """Classifies images among classes that are named at the time of use."""
+
+    @abstractmethod
+    def logits_of(self, images: Tensor, class_names: Sequence[str]) -> Tensor:
+        """images: (B, 3, H, W), RGB in 0..1. Returns (B, C) for C names."""
+
+
 class PairScorer(Capability):
     """Scores pairs of an image and a text together: re-ranks what a dual encoder found."""
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from vlx.core.errors import CheckpointError
+from vlx.core.text import Tokenizer
 from vlx.encoders.checkpoint import fit_positions, load_whole, read_weights
+from vlx.encoders.tokenizers import FILE, BpeTokenizer, bpe_bytes
 
 # Pattern of a published name -> ours; of the blocks `\2` is what is inside one.
 _HF = (
@@ -57,6 +59,7 @@ def load_clip(towers: nn.Module, logit_scale: nn.Module, path: str) -> None:
     The position table of another image size is resampled. Raises `CheckpointError` naming the keys
     that do not fit; nothing is loaded then.
     """
+    _check_tokenizer(towers.tokenizer, path)  # type: ignore[arg-type]
     own = {key.removeprefix("towers."): value for key, value in _named(path).items()}
     scale = own.pop("logit_scale", None)
     if scale is None:
@@ -69,6 +72,18 @@ def load_clip(towers: nn.Module, logit_scale: nn.Module, path: str) -> None:
     load_whole(towers, own, path)
     with torch.no_grad():
         logit_scale.log.copy_(scale)  # type: ignore[union-attr, operator]
+
+
+def _check_tokenizer(tokenizer: Tokenizer, path: str) -> None:
+    """Raise `CheckpointError` where a run was trained with other ids than these."""
+    file = Path(path).expanduser() / FILE
+    if not file.is_file():
+        return
+    if not isinstance(tokenizer, BpeTokenizer) or bpe_bytes(tokenizer) != file.read_bytes():
+        raise CheckpointError(
+            f"{path} was trained with its own tokenizer, not with {tokenizer.name}: set "
+            f"text.tokenizer={path}"
+        )
 
 
 def _named(path: str | Path) -> dict[str, Tensor]:

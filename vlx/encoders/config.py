@@ -50,7 +50,8 @@ class TextConfig:
     built from the sizes below, or a local directory of Hugging Face with config and weights."""
     tokenizer: str = "clip"
     """clip (CLIP's byte-level BPE, 49,408 ids), bpe (trained on the captions of the training
-    split), or a local Hugging Face tokenizer: a directory or a tokenizer.json."""
+    split), a vlx run whose own one to use, or a local Hugging Face tokenizer: a directory or a
+    tokenizer.json."""
     vocab_size: int | None = None
     """Ids of a trained tokenizer and rows of the token table; null takes the tokenizer's own."""
     context_length: int = 77

@@ -17,6 +17,8 @@ from tokenizers import Tokenizer as Backend
 from vlx.core.errors import ConfigError
 from vlx.core.text import Tokens
 
+FILE = "tokenizer.json"
+"""In a run directory: the tokenizer that was trained for it."""
 _CLIP_VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 _CLIP_MERGES = 49152 - 256 - 2
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"

@@ -14,16 +14,16 @@ from vlx.data.cache import cache_dir, digest, locked
 from vlx.data.source import Captioned, Source
 from vlx.encoders.config import TextConfig
 from vlx.encoders.tokenizers import (
+    FILE,
     BpeTokenizer,
     bpe_bytes,
     bpe_from_file,
     clip_tokenizer,
     train_bpe,
 )
+from vlx.engine.rundir import CONFIG_FILE
 
 log = logging.getLogger("vlx")
-FILE = "tokenizer.json"
-"""In a run directory: the tokenizer that was trained for it."""
 _TRAINED, _PUBLISHED = "bpe", "clip"
 _VOCAB_SIZE = 8192
 
@@ -67,6 +67,9 @@ def _published(cfg: TextConfig | None) -> Tokenizer | None:
         return None
     if cfg.tokenizer == _PUBLISHED:
         return clip_tokenizer(cfg.context_length)
+    run = Path(cfg.tokenizer).expanduser()
+    if (run / CONFIG_FILE).is_file() and (run / FILE).is_file():
+        return bpe_from_file(run / FILE, cfg.vocab_size or _VOCAB_SIZE, cfg.context_length)
     from vlx.encoders.hf_tokenizer import HfTokenizer
 
     return HfTokenizer(cfg.tokenizer, cfg.context_length)

@@ -15,6 +15,7 @@ EVALUATORS: dict[str, tuple[str, str, str]] = {
     "knn": ("knn", "Knn", "k-nearest-neighbour accuracy of frozen features"),
     "linear-probe": ("probe", "LinearProbe", "logistic regression on frozen features"),
     "classification": ("classification", "Classification", "accuracy of a classifier's own head"),
+    "base-to-new": ("base_to_new", "BaseToNew", "accuracy on trained and on unseen classes"),
     "channels": ("channels", "ChannelAccuracy", "accuracy with some of the input's channels"),
     "tokens": ("tokens", "TokenCosts", "GMACs, images/s and memory with fewer tokens"),
     "budgets": ("budgets", "BudgetCurve", "accuracy and cost of one model at each budget"),

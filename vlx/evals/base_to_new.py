@@ -1,0 +1,52 @@
+"""Generalisation from the classes that a prompt was trained on to those it never saw."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from vlx.core.capability import OpenVocabulary
+from vlx.data.config import Classes
+from vlx.data.open import open_source
+from vlx.data.pipeline import EvalPipeline
+from vlx.data.views import evaluation_view
+from vlx.evals.base import EvalData, Evaluation, Subject
+from vlx.evals.classification import count_hits
+from vlx.evals.tokens import Forward
+
+
+class BaseToNew:
+    """Protocol base-to-new@1 (CoOp's and CoCoOp's): top-1 among the first half of the classes on
+    their test images, top-1 among the second half on theirs, and their harmonic mean. The classes
+    of the other half are not candidates."""
+
+    name = "base-to-new"
+    version = 1
+    requires = (OpenVocabulary,)
+    needs_labels = True
+
+    def run(self, subject: Subject, data: EvalData) -> Evaluation:
+        model = subject.get(OpenVocabulary)
+        found: dict[str, float] = {}
+        counted = 0
+        for half in (Classes.base, Classes.new):
+            source = open_source(replace(data.data, classes=half), data.data.test_split)
+            pipeline = EvalPipeline(
+                source,
+                evaluation_view(data.cfg.crop_ratio),
+                cfg=data.data,
+                image_size=data.image_size,
+                batch_size=data.cfg.batch_size,
+                device=data.device,
+                rank=data.rank,
+                world=data.world,
+            )
+            names = source.info.class_names
+            forward = Forward(partial(model.logits_of, class_names=names))
+            hits = count_hits(forward, pipeline, len(names))
+            found[half.name] = float(hits[:, 0].sum() / hits[:, 2].sum())
+            counted += int(hits[:, 2].sum())
+        base, new = found["base"], found["new"]
+        found["harmonic-mean"] = 2 * base * new / (base + new) if base + new else 0.0
+        info = open_source(replace(data.data, classes=Classes.all), data.data.test_split).info
+        return Evaluation(metrics=found, split=f"{info.name}/{info.split}", num_samples=counted)
