@@ -24,7 +24,9 @@ class Always(OpenVocabulary):
 
     def logits_of(self, images: Tensor, class_names: Sequence[str]) -> Tensor:
         self.asked.append(tuple(class_names))
-        row = torch.tensor([float(name == self.favourite) for name in class_names])
+        row = torch.tensor(
+            [9.0 * (name == self.favourite) - i for i, name in enumerate(class_names)]
+        )
         return row.expand(len(images), -1)
 
 
