@@ -28,6 +28,8 @@ from vlx.data.labels import class_indices
 from vlx.data.open import SOURCES, open_source
 from vlx.data.sources.webdataset import expand_braces
 
+EMBEDDED = ("digits", "glyphs", "scenes", "torchvision")
+
 
 def pixels(source, index: int) -> np.ndarray:
     return decode_image(source.read(index)["image"])
@@ -41,7 +43,7 @@ def test_an_unknown_source_names_the_nearest() -> None:
         open_source(config(source="parqet"), "train")
 
 
-@pytest.mark.parametrize("source", [s for s in SOURCES if s not in ("digits", "torchvision")])
+@pytest.mark.parametrize("source", [s for s in SOURCES if s not in EMBEDDED])
 def test_a_missing_path_says_what_is_missing(source: str) -> None:
     with pytest.raises(DataError, match=r"data\.path is missing"):
         open_source(config(source=source), "train")

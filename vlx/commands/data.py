@@ -24,7 +24,12 @@ from vlx.data.open import SOURCES, open_source
 from vlx.data.source import Source
 from vlx.engine.load import from_dict, run_config
 
-_REQUIRED = {"digits": "sklearn", "parquet": "datasets", "torchvision": "torchvision"}
+_REQUIRED = {
+    "digits": "sklearn",
+    "glyphs": "matplotlib",
+    "parquet": "datasets",
+    "torchvision": "torchvision",
+}
 _SHOWN_CLASSES = 12
 _SHOWN_SIZES = 3
 _SHOWN_BAD = 10

@@ -17,7 +17,13 @@ log = logging.getLogger("vlx")
 SOURCES: dict[str, tuple[str, str, str]] = {
     "digits": ("digits", "Digits", "embedded: 1797 handwritten digits, 8x8, 10 classes"),
     "folder": ("folder", "Folder", "trees of image files: PATH/SPLIT/CLASS/*.jpg or PATH/*.jpg"),
+    "glyphs": ("glyphs", "Glyphs", "embedded: characters of the DejaVu faces, with their names"),
     "parquet": ("parquet", "Parquet", "Parquet or Arrow files, folders of datasets.save_to_disk"),
+    "scenes": (
+        "scenes.source",
+        "Scenes",
+        "embedded: drawn scenes of solids, with captions, masks, depth, views, clips, questions",
+    ),
     "torchvision": ("torchvision", "Torchvision", "torchvision's data sets, data.variant=CIFAR10"),
     "webdataset": (
         "webdataset",
