@@ -48,7 +48,8 @@ class EncoderOut:
     prefix: Tensor
     """(B, P, D) class and register tokens."""
     layers: dict[int, Tensor] = field(default_factory=dict)
-    """Block number (1 = first) to its output (B, P + N, D), before the final norm."""
+    """Block number (1 = first) to its output (B, P + N, D), before the final norm; of models that
+    are no ViT, stage number to its map as tokens (B, n, d)."""
     state: TokenState | None = None
     """The final tokens with their bookkeeping, after the final norm; only where a hook ran."""
     features: Tensor | None = None
@@ -108,6 +109,10 @@ class VisionEncoder(nn.Module):
         reducer leaves fewer tokens in the result.
         """
         raise NotImplementedError
+
+    def layer_dims(self) -> list[int]:
+        """Widths of what `forward(layers=...)` can return, layer 1 first."""
+        return [self.spec.dim] * self.spec.depth
 
     def check_hooks(self) -> None:
         """Raise `UnsupportedBlock` unless hooks can act inside this model."""

@@ -15,6 +15,7 @@ from vlx.core.errors import ConfigError, nearest
 from vlx.encoders.base import EncoderOut, EncoderSpec, VisionEncoder
 from vlx.encoders.config import EncoderConfig
 from vlx.encoders.names import model_names
+from vlx.ops.tokens import map_to_tokens
 
 
 def register_backbones(name: str) -> None:
@@ -68,16 +69,32 @@ class TimmBackbone(VisionEncoder):
         normalised: bool = False,
         hook: BlockHook | None = None,
     ) -> EncoderOut:
-        if keep is not None or layers or hook is not None:
+        if keep is not None or hook is not None:
             raise ConfigError(
-                f"{type(self.model).__name__} takes whole images only: masking, layer taps and "
-                "token reduction need a plain ViT, e.g. encoder.name=deit_small_patch16_224"
+                f"{type(self.model).__name__} takes whole images only: masking and token reduction "
+                "need a plain ViT, e.g. encoder.name=deit_small_patch16_224"
             )
         x = images if normalised else self.normalise(images)
+        if layers:
+            return self._tapped(x, layers)
         features = self.model.forward_features(x)  # type: ignore[operator]
         tokens = _as_tokens(features, self.dim)
         count = self.num_prefix
         return EncoderOut(tokens[:, count:], tokens[:, :count], features=features)
+
+    def _tapped(self, x: Tensor, layers: Sequence[int]) -> EncoderOut:
+        """timm's own intermediate maps, a stage a layer."""
+        indices = [layer - 1 for layer in layers]
+        features, maps = self.model.forward_intermediates(x, indices=indices)  # type: ignore[operator]
+        tokens, count = _as_tokens(features, self.dim), self.num_prefix
+        taps = {layer: map_to_tokens(found) for layer, found in zip(layers, maps, strict=True)}
+        return EncoderOut(tokens[:, count:], tokens[:, :count], taps, features=features)
+
+    def layer_dims(self) -> list[int]:
+        """Of timm's stages. Raises `ConfigError` for a model whose stages timm does not tap."""
+        if not hasattr(self.model, "forward_intermediates"):
+            raise ConfigError(f"{type(self.model).__name__} gives no stages: use another encoder")
+        return [int(stage["num_chs"]) for stage in self.model.feature_info]  # type: ignore
 
     def classify(self, out: EncoderOut) -> Tensor:
         return self.model.forward_head(out.features)  # type: ignore[operator]

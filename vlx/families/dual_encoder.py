@@ -17,32 +17,24 @@ PAIR_FIELDS = (TEXT, TEXT_LENGTH)
 _TEXTS_AT_ONCE = 256
 
 
-class Towers(nn.Module):
-    """`image` and `text`, each with a projection into `embed_dim` dimensions without bias.
+class PairTowers(nn.Module):
+    """What evaluators and losses ask of two towers; subclasses embed, each into unit length."""
 
-    A ViT is read at its class token; other models of timm by their own pooling (CLIP's ResNets:
-    attention) and head.
-    """
-
-    def __init__(self, build: Builder, embed_dim: int, *, causal: bool = True) -> None:
+    def __init__(self, build: Builder) -> None:
         super().__init__()
         self.tokenizer = build.tokenizer
-        self.image = build.vision(init=clip_vision_init, num_classes=embed_dim, head_bias=False)
-        self.text = build.text(causal=causal)
-        self.projection = nn.Linear(self.text.spec.dim, embed_dim, bias=False)
-        nn.init.normal_(self.projection.weight, std=self.text.spec.dim**-0.5)
 
     def embed_images(self, images: Tensor) -> Tensor:
         """images: (B, 3, H, W), RGB in 0..1. Returns (B, E) of unit length."""
-        return normalize(self.image.classify(self.image(images)), dim=-1)
+        raise NotImplementedError
 
     def embed_text(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """ids: (B, L), lengths: (B,). Returns (B, E) of unit length."""
-        return normalize(self.projection(self.text(ids, lengths).pooled), dim=-1)
+        raise NotImplementedError
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Texts as they are written to (T, E) of unit length."""
-        device = self.projection.weight.device
+        device = next(self.parameters()).device
         parts = []
         for start in range(0, len(texts), _TEXTS_AT_ONCE):
             found = self.tokenizer.encode(texts[start : start + _TEXTS_AT_ONCE])
@@ -51,10 +43,31 @@ class Towers(nn.Module):
         return torch.cat(parts)
 
 
+class Towers(PairTowers):
+    """CLIP's: `image` and `text`, each with a projection into `embed_dim` dimensions without bias.
+
+    A ViT is read at its class token; other models of timm by their own pooling (CLIP's ResNets:
+    attention) and head.
+    """
+
+    def __init__(self, build: Builder, embed_dim: int) -> None:
+        super().__init__(build)
+        self.image = build.vision(init=clip_vision_init, num_classes=embed_dim, head_bias=False)
+        self.text = build.text()
+        self.projection = nn.Linear(self.text.spec.dim, embed_dim, bias=False)
+        nn.init.normal_(self.projection.weight, std=self.text.spec.dim**-0.5)
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        return normalize(self.image.classify(self.image(images)), dim=-1)
+
+    def embed_text(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        return normalize(self.projection(self.text(ids, lengths).pooled), dim=-1)
+
+
 class JointSpace(DualEncoder):
     """The towers as evaluators see them."""
 
-    def __init__(self, towers: Towers, scale: nn.Module) -> None:
+    def __init__(self, towers: PairTowers, scale: nn.Module) -> None:
         self.towers, self.scale = towers, scale
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+from torch.utils.checkpoint import checkpoint
 
 from vlx.ops.dist import gather_rows, rank
 from vlx.ops.precision import without_autocast
@@ -66,3 +67,31 @@ def mean_of_templates(features: Tensor) -> Tensor:
     """Class weights from texts: (C, T, E) of unit length to (C, E) of unit length, the mean over
     templates normalised again."""
     return normalize(features.mean(1), dim=-1)
+
+
+def late_interaction(
+    patches: Tensor, words: Tensor, real: Tensor, *, texts_at_once: int = 32
+) -> tuple[Tensor, Tensor]:
+    """How well the parts of every image and text fit: relaxed matchings of patches and words.
+
+    patches: (A, N, E), words: (B, M, E), both of unit length; real: (B, M), the words that count.
+    Returns (A, B) twice: the mean over patches of each one's best word, and the mean over words of
+    each one's best patch (FILIP, Yao et al. 2022, equations 4 and 5). The A * B * N * M
+    similarities are held for `texts_at_once` texts at a time, and made again in the backward pass.
+    """
+    by_patch, by_word = [], []
+    for start in range(0, len(words), texts_at_once):
+        part = slice(start, start + texts_at_once)
+        found = checkpoint(_interaction, patches, words[part], real[part], use_reentrant=False)
+        assert isinstance(found, tuple)
+        by_patch.append(found[0])
+        by_word.append(found[1])
+    return torch.cat(by_patch, 1), torch.cat(by_word, 1)
+
+
+def _interaction(patches: Tensor, words: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    similarity = torch.einsum("ane,bme->abnm", patches, words)
+    counted = real.to(similarity.dtype)
+    best_word = similarity.masked_fill(~real[:, None], -1.0).amax(3)  # (A, B, N); a cosine's least
+    best_patch = similarity.amax(2) * counted  # (A, B, M)
+    return best_word.mean(2), best_patch.sum(2) / counted.sum(1).clamp(min=1)
