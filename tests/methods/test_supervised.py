@@ -101,3 +101,34 @@ def test_the_paper_preset_is_timms_deit() -> None:
     ours = EncoderBuilder({"encoder": cfg}, 1000, load_weights=False).vision(num_classes=1000)
     shapes = {name: value.shape for name, value in theirs.state_dict().items()}
     assert {name: value.shape for name, value in ours.backbone.state_dict().items()} == shapes
+
+
+def test_layer_decay_groups_equal_timms_but_for_the_final_norm() -> None:
+    """timm counts the norm to the last layer; MAE's and BEiT's code, as ours, to the head."""
+    from timm.optim import param_groups_layer_decay
+
+    from vlx.engine.optim import layer_scales
+
+    method = build("supervised")
+    assert isinstance(method, Supervised)
+    ours = {
+        name.removeprefix("encoder.vit."): (
+            pytest.approx(group.lr_scale),
+            group.weight_decay != 0.0,
+        )
+        for group in layer_scales(method.param_groups(), method, 0.65)
+        for name, _ in group.params
+    }
+    vit = method.encoder.vit
+    names = {id(param): name for name, param in vit.named_parameters()}
+    theirs = {
+        names[id(param)]: (group["lr_scale"], group["weight_decay"] != 0.0)
+        for group in param_groups_layer_decay(
+            vit, 0.05, no_weight_decay_list=vit.no_weight_decay(), layer_decay=0.65
+        )
+        for param in group["params"]
+    }
+    for name in ("norm.weight", "norm.bias"):
+        assert theirs.pop(name) == (pytest.approx(0.65), False)
+        assert ours.pop(name) == (1.0, False)
+    assert ours == theirs

@@ -245,6 +245,12 @@ AFFINE: dict[str, Callable[[Strength, int, int], Tensor]] = {
 }
 OPERATIONS = (*POINT, *FILTERS, *AFFINE)
 """Kinds lie together, so that sorting samples by operation makes each kind one run of them."""
+IDENTITY = "identity"
+WITHOUT_COLOUR = (
+    IDENTITY, "auto_contrast", "brightness", "sharpness", "equalize",
+    "shear_x", "shear_y", "translate_x", "translate_y", "rotate",
+)  # fmt: skip
+"""ALBEF's ten (Li et al. 2021, section 3.5): none that changes the colours that captions name."""
 
 
 @dataclass(frozen=True)
@@ -268,6 +274,8 @@ class RandAugment:
     """DeiT: bicubic."""
     fill: tuple[float, float, float] = IMAGENET_MEAN
     """RGB 0..1 of what an affine operation uncovers."""
+    operations: tuple[str, ...] = OPERATIONS
+    """Those that are drawn from, by the names of `OPERATIONS`; "identity" is none."""
 
     @property
     def draws(self) -> int:
@@ -280,7 +288,11 @@ class RandAugment:
         """
         which, done, strength, side = u.view(len(u), self.num_ops, _DRAWS_PER_OP).unbind(2)
         count = len(OPERATIONS)
-        operation = torch.where(done < self.p, (which * count).to(torch.int64), count)
+        places = [count if o == IDENTITY else OPERATIONS.index(o) for o in self.operations]
+        drawn = (which * len(places)).to(torch.int64)
+        if self.operations != OPERATIONS:
+            drawn = torch.tensor(places, device=u.device)[drawn]
+        operation = torch.where(done < self.p, drawn, count)
         normal = torch.special.ndtri(strength.clamp(min=2**-25))  # finite at 0
         level = (self.magnitude + self.magnitude_std * normal).clamp(0.0, _LARGEST)
         return operation, level, torch.where(side < 0.5, 1.0, -1.0)
