@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,14 +125,15 @@ def read_model(auto: Any, folder: Path, config: PreTrainedConfig) -> PreTrainedM
     if torch.get_default_device().type == "meta":
         return auto.from_config(config)
     try:
-        model, report = auto.from_pretrained(
-            folder,
-            config=config,
-            local_files_only=True,
-            trust_remote_code=False,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
+        with _quiet():
+            model, report = auto.from_pretrained(
+                folder,
+                config=config,
+                local_files_only=True,
+                trust_remote_code=False,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
     except Exception as error:
         raise CheckpointError(f"cannot read the weights in {folder}: {_line(error)}") from error
     # A pooling layer is not used: many files have none.
@@ -139,6 +142,22 @@ def read_model(auto: Any, folder: Path, config: PreTrainedConfig) -> PreTrainedM
         shown = ", ".join(missing[:3])
         raise CheckpointError(f"the weights in {folder} lack {len(missing)} tensors: {shown}")
     return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bar and its table of unused weights: `report` is read."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def free_padding_row(table: nn.Embedding, deviation: float) -> None:

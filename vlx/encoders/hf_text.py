@@ -121,8 +121,8 @@ def _local(cfg: TextConfig, folder: Path) -> PreTrainedModel:
     config = config_of_directory(folder, cfg)
     if config.model_type not in encoder_kinds():
         raise ConfigError(
-            f"text.name={cfg.name} is a {config.model_type}, not a text encoder that is known here: "
-            f"{', '.join(encoder_kinds())}"
+            f"text.name={cfg.name} is a {config.model_type}, not a text encoder that is known "
+            f"here: {', '.join(encoder_kinds())}"
         )
     model = _without_pooler(read_model(AutoModel, folder, config))
     places = _places(model, config)

@@ -10,6 +10,7 @@ import numpy as np
 
 from vlx.core.errors import ConfigError
 from vlx.core.text import Tokens
+from vlx.encoders.sentence_pooling import sentence_layout
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -51,11 +52,21 @@ class HfTokenizer:
         self.start_id = end if start is None else start
         self.pad_id = end if special["pad"] is None else special["pad"]
         self.mask_id = special["mask"]
-        self.prefix = () if start is None else (start,)
+        self.prefix = [] if start is None else [start]
         """What stands before the words."""
+        self._check_order()
         # A gap in the ids makes the highest id count, not the number of ids.
         ids = self.backend.get_vocab(with_added_tokens=True).values()
         self.vocab_size = max(len(ids), max(ids) + 1)
+
+    def _check_order(self) -> None:
+        """Raise `ConfigError` where the tokenizer itself puts other tokens around a text."""
+        added = self.backend.encode("").ids
+        if added not in ([], self.prefix, [self.end_id], [*self.prefix, self.end_id]):
+            tokens = " ".join(str(self.backend.id_to_token(i)) for i in added)
+            raise ConfigError(
+                f"the tokenizer {self.name} puts {tokens} around a text, not a start and an end"
+            )
 
     def encode(self, texts: Sequence[str]) -> Tokens:
         self.backend.encode_special_tokens = True  # not kept by pickling
@@ -80,6 +91,8 @@ class HfTokenizer:
 def _read(path: str) -> tuple[Backend, dict[str, int | None]]:
     """The tokenizer itself and the ids of its special tokens, None for those it lacks."""
     place = Path(path).expanduser()
+    if place.is_dir():
+        place = sentence_layout(place).transformer
     file = place / _FILE if place.is_dir() else place
     known = place.is_dir() and any(
         (place / name).is_file() for name in ("tokenizer_config.json", "config.json")
