@@ -94,6 +94,7 @@ def _sizes(
         sizes["rotary_dim"] = min(given["rotary_dim"], dim // heads)
     if places is not None:
         sizes["max_position_embeddings"] = places
+    sizes["pad_token_id"] = given.get("pad_token_id")  # some kinds of 5.0 read it and lack it
     for key, value in given.items():  # ids of the kind's own vocabulary
         if key.endswith("_token_id") and isinstance(value, int) and value >= vocab_size:
             sizes[key] = 0 if key == "pad_token_id" else None
