@@ -28,7 +28,8 @@ class TextOut:
     tokens: Tensor
     """(B, L, D)."""
     pooled: Tensor
-    """(B, D): the encoder's own summary (end token, class token or mean of the real tokens)."""
+    """(B, D or `pooled_dim`): the encoder's own summary (end token, class token or mean of the
+    real tokens)."""
     layers: dict[int, Tensor] = field(default_factory=dict)
     """Block number (1 = first) to its output (B, L, D), before the final norm."""
 
@@ -42,6 +43,11 @@ class TextEncoder(nn.Module):
     def token_table(self) -> nn.Embedding:
         """Ids to input vectors, before positions: prompts are put between its rows."""
         raise NotImplementedError
+
+    @property
+    def pooled_dim(self) -> int:
+        """Width of `TextOut.pooled`: that of the tokens, unless the encoder projects it."""
+        return self.spec.dim
 
     def layer_depths(self) -> dict[str, int]:
         """Parameter-name prefix to depth for layer-wise lr decay (`core.method.Layered`)."""
