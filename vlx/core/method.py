@@ -139,11 +139,14 @@ class Builder(Protocol):
         """Of the data; empty where it has none, or where only their number is known."""
         ...
 
-    def text(self, **architecture: Any) -> Any:
-        """A `TextEncoder`; keywords fix what the paper fixes (`causal=False`)."""
+    def text(self, *, frozen: bool = False, **architecture: Any) -> Any:
+        """A `TextEncoder`; keywords fix what the paper fixes (`causal=False`).
+
+        frozen: the method never trains it, so that random weights are worth a warning.
+        """
         ...
 
-    def language_model(self) -> Any:
+    def language_model(self, *, frozen: bool = False) -> Any:
         """A `LanguageModel`."""
         ...
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from vlx.core.errors import ConfigError
 from vlx.core.text import Tokenizer
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from vlx.encoders.language_model import LanguageModel
 
 log = logging.getLogger("vlx")
+_NO_TEXT = "the method reads text and the run has none: choose it by text=clip"
 
 
 class EncoderBuilder:
@@ -52,30 +56,42 @@ class EncoderBuilder:
     def tokenizer(self) -> Tokenizer:
         """Of the run's text. Raises `ConfigError` where the run has none."""
         if self._tokenizer is None:
-            raise ConfigError("the method reads text and the run has none: choose it by text=clip")
+            raise ConfigError(_NO_TEXT)
         return self._tokenizer
 
-    def text(self, **architecture: Any) -> TextEncoder:
-        """The text encoder that `text` names, with its weights where it names some."""
+    def text(self, *, frozen: bool = False, **architecture: Any) -> TextEncoder:
+        """The text encoder that `text` names, with its weights where it names some.
+
+        frozen: the method never trains it, so that random weights are worth a warning.
+        """
         from vlx.encoders.text_build import build_text_encoder
 
-        tokenizer = self.tokenizer
-        assert self._text is not None
-        encoder = build_text_encoder(self._text, tokenizer, **architecture)
-        if self.load_weights and self._text.checkpoint:
-            load_encoder(encoder, self._text.checkpoint)
+        encoder = build_text_encoder(self._text_config(frozen), self.tokenizer, **architecture)
+        self._load_text(encoder)
         return encoder
 
-    def language_model(self) -> LanguageModel:
+    def language_model(self, *, frozen: bool = False) -> LanguageModel:
         """The language model that `text` names, with its weights where it names some."""
         from vlx.encoders.text_build import build_language_model
 
-        tokenizer = self.tokenizer
-        assert self._text is not None
-        model = build_language_model(self._text, tokenizer)
-        if self.load_weights and self._text.checkpoint:
-            load_encoder(model, self._text.checkpoint)
+        model = build_language_model(self._text_config(frozen), self.tokenizer)
+        self._load_text(model)
         return model
+
+    def _text_config(self, frozen: bool) -> TextConfig:
+        if self._text is None:
+            raise ConfigError(_NO_TEXT)
+        local = Path(self._text.name).expanduser().is_dir()
+        if frozen and self.load_weights and not (local or self._text.checkpoint):
+            log.warning(
+                f"the text side ({self._text.name}) stays frozen with random weights: set "
+                "text.name=DIRECTORY of Hugging Face, or text.checkpoint=RUN"
+            )
+        return self._text
+
+    def _load_text(self, model: nn.Module) -> None:
+        if self.load_weights and self._text is not None and self._text.checkpoint:
+            load_encoder(model, self._text.checkpoint)
 
     def vision(
         self,

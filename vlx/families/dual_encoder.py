@@ -54,8 +54,8 @@ class Towers(PairTowers):
         super().__init__(build)
         self.image = build.vision(init=clip_vision_init, num_classes=embed_dim, head_bias=False)
         self.text = build.text()
-        self.projection = nn.Linear(self.text.spec.dim, embed_dim, bias=False)
-        nn.init.normal_(self.projection.weight, std=self.text.spec.dim**-0.5)
+        self.projection = nn.Linear(self.text.pooled_dim, embed_dim, bias=False)
+        nn.init.normal_(self.projection.weight, std=self.text.pooled_dim**-0.5)
 
     def embed_images(self, images: Tensor) -> Tensor:
         return normalize(self.image.classify(self.image(images)), dim=-1)

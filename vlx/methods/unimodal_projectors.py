@@ -85,7 +85,7 @@ class ProjectedTowers(PairTowers):
     def __init__(self, build: Builder, cfg: UnimodalProjectorsConfig) -> None:
         super().__init__(build)
         self.image = Frozen(build.vision())
-        self.text = build.text().requires_grad_(False)  # in train mode its dropout is on
+        self.text = build.text(frozen=True).requires_grad_(False)  # in train mode its dropout is on
         image_dim, text_dim = self.image.module.spec.dim, self.text.spec.dim
         self.patch_projector = TokenProjector(image_dim, cfg.embed_dim, cfg.dropout)
         self.has_class_token = self.image.module.spec.num_prefix > 0
