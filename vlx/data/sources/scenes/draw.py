@@ -74,7 +74,8 @@ def _add(scene: Scene, random: Random) -> Scene | None:
         if any(solid.kind == other.kind or _touch(solid, other) for other in scene.objects):
             continue
         bigger = replace(scene, objects=(*scene.objects, solid))
-        if _in_frame(bigger) and _all_seen(bigger):
+        screen = bigger.project()
+        if _in_frame(screen[-1]) and _all_seen(screen):
             return bigger
     return None
 
@@ -92,15 +93,15 @@ def _touch(a: Solid, b: Solid) -> bool:
     return math.hypot(x + time * vx, y + time * vy) < _reach(a) + _reach(b) + _GAP
 
 
-def _in_frame(scene: Scene) -> bool:
-    x, y, _, radius = scene.project()[-1]  # the object added last
+def _in_frame(projected: np.ndarray) -> bool:
+    x, y, _, radius = projected
     room = radius + _RIM
     return room <= x <= 1 - room and room <= y <= 1 - room
 
 
-def _all_seen(scene: Scene, share: float = _SEEN, behind: int | None = None) -> bool:
+def _all_seen(screen: np.ndarray, share: float = _SEEN, behind: int | None = None) -> bool:
     """Whether no disc of an object in front comes near the middle of one behind it."""
-    x, y, depth, radius = scene.project().T
+    x, y, depth, radius = screen.T
     apart = np.hypot(x[:, None] - x, y[:, None] - y)
     clear = apart >= radius[:, None] + share * radius  # [front, behind]
     judged = depth[:, None] < depth
@@ -123,7 +124,7 @@ def _areas(scene: Scene) -> np.ndarray:
 def _main_is_clear(scene: Scene) -> bool:
     areas = _areas(scene)
     clear = len(areas) == 1 or areas[1] <= _SECOND * areas[0]
-    return clear and _all_seen(scene, _MAIN_SEEN, behind=0)
+    return clear and _all_seen(scene.project(), _MAIN_SEEN, behind=0)
 
 
 def _set_in_motion(scene: Scene, random: Random) -> Scene | None:
@@ -136,7 +137,7 @@ def _set_in_motion(scene: Scene, random: Random) -> Scene | None:
         for motion in sorted([m for m in MOTIONS if m != "still"], key=lambda _: random.random()):
             candidate = replace(objects[k], motion=motion)
             free = not any(_touch(candidate, o) for j, o in enumerate(objects) if j != k)
-            if free and _in_frame(replace(scene, objects=(candidate,)).at(1.0)):
+            if free and _in_frame(replace(scene, objects=(candidate,)).at(1.0).project()[0]):
                 objects[k] = candidate
                 break
     if all(o.motion == "still" for o in objects):
