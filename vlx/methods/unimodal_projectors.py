@@ -1,4 +1,4 @@
-"""From unimodal to multimodal: scaling up projectors to align modalities (Maniparambil et al., 2025).
+"""From unimodal to multimodal: scaling up projectors (Maniparambil et al., CVPR 2025).
 
 A self-supervised image encoder and a sentence encoder stay frozen; small projectors on their
 tokens, trained by CLIP's loss, put both into one space. Which encoders fit is told beforehand by
