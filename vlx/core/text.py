@@ -33,6 +33,8 @@ class Tokenizer(Protocol):
     pad_id: int
     start_id: int
     end_id: int
+    prefix: list[int]
+    """What stands before the words of an encoded text: the start token, or nothing."""
     mask_id: int | None
     """For masked words; None where the vocabulary has no such token."""
 

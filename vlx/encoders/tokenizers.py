@@ -44,6 +44,7 @@ class BpeTokenizer:
         self.backend, self.name = backend, name
         self.vocab_size, self.context_length = vocab_size, context_length
         self.pad_id, self.start_id, self.end_id, self.mask_id = special
+        self.prefix = [self.start_id]
         self.clean = clean
 
     def encode(self, texts: Sequence[str]) -> Tokens:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from vlx.ops.dist import global_mean
 from vlx.ops.tokens import gather_tokens
 
 _NO_TARGET = -100
@@ -33,11 +34,14 @@ def caption_loss(logits: Tensor, ids: Tensor, lengths: Tensor, prefix: int) -> T
 
     logits: (B, prefix + T, V); ids: (B, T), padded behind; lengths: (B,) tokens of `ids` that are
     no padding. Each place predicts the next one. Places of the prefix are no targets, nor is
-    padding; the end token is one, even where padding is the same id. Mean over all targets of the
-    batch. Without a prefix the first token is no target, since nothing stands before it.
+    padding; the end token is one, even where padding is the same id. Mean over the targets of all
+    processes. Without a prefix the first token is no target, since nothing stands before it.
     """
     targets = ids.masked_fill(~real_tokens(lengths, ids.shape[1]), _NO_TARGET)
     if prefix == 0:
         targets = targets[:, 1:]
     scores = logits[:, max(0, prefix - 1) : -1]  # (B, T or T - 1, V)
-    return cross_entropy(scores.flatten(0, 1).float(), targets.flatten(), ignore_index=_NO_TARGET)
+    total = cross_entropy(
+        scores.flatten(0, 1).float(), targets.flatten(), ignore_index=_NO_TARGET, reduction="sum"
+    )
+    return global_mean(total, (targets != _NO_TARGET).sum())
