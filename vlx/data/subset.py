@@ -19,11 +19,20 @@ class Subset:
     def info(self) -> SourceInfo:
         return replace(self._source.info, num_samples=len(self))
 
+    @property
+    def indices(self) -> np.ndarray:
+        """(K,) int64: where each sample is in the whole source."""
+        return self._indices
+
     def __len__(self) -> int:
         return len(self._indices)
 
     def read(self, index: int) -> Sample:
         return self._source.read(int(self._indices[index]))
+
+    def captions(self, index: int) -> list[str]:
+        """As `Captioned`; only where the source is."""
+        return self._source.captions(int(self._indices[index]))  # type: ignore[attr-defined]
 
     def describe(self, index: int) -> str:
         return self._source.describe(int(self._indices[index]))

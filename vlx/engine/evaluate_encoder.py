@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from vlx.core.errors import (
     VlxError,
 )
 from vlx.core.results import Results
+from vlx.data.cache import digest
 from vlx.encoders.base import EncoderFeatures
 from vlx.encoders.build import EncoderBuilder
 from vlx.encoders.checkpoint import read_weights
@@ -36,7 +38,8 @@ from vlx.engine.evaluate import Outcome, run_evaluators
 from vlx.engine.load import from_dict, read_config, run_config
 from vlx.engine.parallel import Parallel
 from vlx.engine.text import run_tokenizer
-from vlx.evals.base import EvalData, Subject
+from vlx.evals.base import EvalData, Subject, lacking
+from vlx.evals.feature_cache import FeatureCache
 from vlx.evals.registry import evaluator
 
 
@@ -90,10 +93,15 @@ def _evaluate(run_dir: Path, cfg: RunConfig, parallel: Parallel, record: rundir.
     )
     info = data.source("test").info
     for name in cfg.eval.at_end:
-        if evaluator(name).needs_labels and not info.num_classes:
-            raise DataError(f"{info.name} has no labels, which {name} needs")
-    subject, module = build_subject(cfg, info.num_classes)
+        missing = lacking(evaluator(name), data.source("test"))
+        if missing:
+            raise DataError(f"{info.name} has no {missing}, which {name} needs")
+    subject, module = build_subject(cfg, info.num_classes, info.class_names)
+    checksum = weights_checksum({n: t.cpu() for n, t in module.state_dict().items()})
     module.to(parallel.device).eval()
+    if cfg.eval.cache_features:
+        identity = _identity(cfg, record, checksum)
+        subject.cache = FeatureCache(identity, rank=parallel.rank, world=parallel.world)
     outcome = run_evaluators(
         cfg.eval.at_end,
         subject,
@@ -103,7 +111,6 @@ def _evaluate(run_dir: Path, cfg: RunConfig, parallel: Parallel, record: rundir.
         main=parallel.is_main,
     )
     if parallel.is_main:
-        checksum = weights_checksum({n: t.cpu() for n, t in module.state_dict().items()})
         results = _results(run_dir, cfg, record, outcome)
         results.weights_checksum = checksum
         results.data_fingerprint = info.fingerprint
@@ -111,6 +118,16 @@ def _evaluate(run_dir: Path, cfg: RunConfig, parallel: Parallel, record: rundir.
         results.hardware = hardware(str(parallel.device), parallel.world)
         results.wall_time_s = round(time.monotonic() - started, 2)
         results.write(run_dir)
+
+
+def _identity(cfg: RunConfig, record: rundir.RunRecord, checksum: str) -> str:
+    """Of all that features are computed from besides the data: weights, architecture, code."""
+    run = Path(cfg.encoder.checkpoint or "").expanduser()
+    trained = read_config(run) if (run / rundir.CONFIG_FILE).is_file() else {}
+    model = {key: trained.get(key) for key in ("slug", "method", "text")}
+    model["encoder"] = asdict(replace(cfg.encoder, checkpoint=None))
+    code = [record.commit or "", *(f"{k} {v}" for k, v in sorted(record.versions.items()))]
+    return digest(checksum, json.dumps(model, default=str, sort_keys=True), *code)
 
 
 def _results(run_dir: Path, cfg: RunConfig, record: rundir.RunRecord, outcome: Outcome) -> Results:
@@ -144,11 +161,15 @@ def _results(run_dir: Path, cfg: RunConfig, record: rundir.RunRecord, outcome: O
 
 
 def build_subject(
-    cfg: RunConfig, num_classes: int, *, load_weights: bool = True
+    cfg: RunConfig,
+    num_classes: int,
+    class_names: tuple[str, ...] = (),
+    *,
+    load_weights: bool = True,
 ) -> tuple[Subject, nn.Module]:
     """What `encoder.checkpoint` holds, for the evaluators of `eval.at_end`.
 
-    num_classes: of the data, for a run's classifier.
+    num_classes, class_names: of the data, for a run's classifier.
 
     A plain encoder where its features are enough. An evaluator that needs more of a method (a
     decoder that repaints) takes the whole method of a run directory.
@@ -169,7 +190,7 @@ def build_subject(
     trained = run_config(read_config(run))
     trained.encoder = replace(cfg.encoder, checkpoint=None)
     tokenizer = run_tokenizer(trained.text, run)
-    builder = builder_of(trained, num_classes, tokenizer, load_weights=False)
+    builder = builder_of(trained, num_classes, tokenizer, class_names, load_weights=False)
     method = registry.load(trained.slug)(trained.method, builder)
     if load_weights:
         try:

@@ -24,6 +24,7 @@ class BaseToNew:
     version = 1
     requires = (OpenVocabulary,)
     needs_labels = True
+    needs_captions = False
 
     def run(self, subject: Subject, data: EvalData) -> Evaluation:
         model = subject.get(OpenVocabulary)
