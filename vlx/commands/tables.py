@@ -42,10 +42,11 @@ def results_tables(results: Results) -> list[Table]:
 
 
 def counts_lines(results: Results) -> list[str]:
-    """One line for each list of counts: `tokens in mlp: 65 x 2, 47, 34 x 2, 25`."""
+    """One line for each list of counts by layer: `tokens in mlp: 65 x 2, 47, 34 x 2, 25`."""
     return [
         f"{name.rsplit('/', 1)[-1].replace('-', ' ')}: {shorten(counts)}"
         for name, counts in results.counts.items()
+        if len(counts) > 1 and not name.endswith("-by-class")
     ]
 
 
