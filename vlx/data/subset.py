@@ -19,6 +19,11 @@ class Subset:
     def info(self) -> SourceInfo:
         return replace(self._source.info, num_samples=len(self))
 
+    @property
+    def indices(self) -> np.ndarray:
+        """(K,) int64: where each sample is in the whole source."""
+        return self._indices
+
     def __len__(self) -> int:
         return len(self._indices)
 

@@ -13,7 +13,7 @@ from PIL import Image
 from vlx.core.errors import StorageError
 from vlx.core.files import explain_write, write_atomic
 from vlx.core.results import Metric
-from vlx.evals.base import EvalData, Subject
+from vlx.evals.base import EvalData, Subject, lacking
 from vlx.evals.registry import evaluator
 
 log = logging.getLogger("vlx")
@@ -49,12 +49,13 @@ def run_evaluators(
     subject.weights = weights
     for name in names:
         chosen = evaluator(name)
-        lacking = [kind.__name__ for kind in chosen.requires if not subject.has(kind)]
-        if lacking:
-            log.info(f"{name} not run: it needs {lacking[0]}, which {subject.name} does not export")
+        absent = [kind.__name__ for kind in chosen.requires if not subject.has(kind)]
+        if absent:
+            log.info(f"{name} not run: it needs {absent[0]}, which {subject.name} does not export")
             continue
-        if chosen.needs_labels and not data.source("test").info.num_classes:
-            log.info(f"{name} not run: {data.source('test').info.name} has no labels")
+        missing = lacking(chosen, data.source("test"))
+        if missing:
+            log.info(f"{name} not run: {data.source('test').info.name} has no {missing}")
             continue
         between()
         found = chosen.run(subject, data)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import resource
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from vlx.core.errors import (
     VlxError,
 )
 from vlx.core.results import Results
+from vlx.data.cache import digest
 from vlx.encoders.base import EncoderFeatures
 from vlx.encoders.build import EncoderBuilder
 from vlx.encoders.checkpoint import read_weights
@@ -33,8 +37,10 @@ from vlx.engine.config import RunConfig
 from vlx.engine.environment import hardware
 from vlx.engine.evaluate import Outcome, run_evaluators
 from vlx.engine.load import from_dict, read_config, run_config
+from vlx.engine.log import log_to
 from vlx.engine.parallel import Parallel
-from vlx.evals.base import EvalData, Subject
+from vlx.evals.base import EvalData, Subject, lacking
+from vlx.evals.feature_cache import FeatureCache
 from vlx.evals.registry import evaluator
 
 
@@ -54,6 +60,7 @@ def execute_evaluation(run_dir: Path, values: dict[str, Any]) -> int:
 
 def _execute(run_dir: Path, cfg: RunConfig, parallel: Parallel) -> int:
     record = rundir.read_record(run_dir)
+    log_to(run_dir, parallel.rank)
 
     def mark(state: str, message: str = "") -> None:
         record.state, record.message = state, message
@@ -88,10 +95,15 @@ def _evaluate(run_dir: Path, cfg: RunConfig, parallel: Parallel, record: rundir.
     )
     info = data.source("test").info
     for name in cfg.eval.at_end:
-        if evaluator(name).needs_labels and not info.num_classes:
-            raise DataError(f"{info.name} has no labels, which {name} needs")
+        missing = lacking(evaluator(name), data.source("test"))
+        if missing:
+            raise DataError(f"{info.name} has no {missing}, which {name} needs")
     subject, module = build_subject(cfg, info.num_classes)
+    checksum = weights_checksum(module.state_dict())
     module.to(parallel.device).eval()
+    if cfg.eval.cache_features:
+        identity = _identity(cfg, module, checksum, record, parallel)
+        subject.cache = FeatureCache(identity, rank=parallel.rank, world=parallel.world)
     outcome = run_evaluators(
         cfg.eval.at_end,
         subject,
@@ -101,7 +113,6 @@ def _evaluate(run_dir: Path, cfg: RunConfig, parallel: Parallel, record: rundir.
         main=parallel.is_main,
     )
     if parallel.is_main:
-        checksum = weights_checksum({n: t.cpu() for n, t in module.state_dict().items()})
         results = _results(run_dir, cfg, record, outcome)
         results.weights_checksum = checksum
         results.data_fingerprint = info.fingerprint
@@ -109,6 +120,27 @@ def _evaluate(run_dir: Path, cfg: RunConfig, parallel: Parallel, record: rundir.
         results.hardware = hardware(str(parallel.device), parallel.world)
         results.wall_time_s = round(time.monotonic() - started, 2)
         results.write(run_dir)
+
+
+def _identity(
+    cfg: RunConfig, module: nn.Module, checksum: str, record: rundir.RunRecord, parallel: Parallel
+) -> str:
+    """Digest of all that features come from besides the data: the weights, what the configurations
+    say of the model, the kind of device, and the code, which nobody gives a new version for every
+    change."""
+    run = Path(cfg.encoder.checkpoint or "").expanduser()
+    is_run = (run / rundir.CONFIG_FILE).is_file()
+    described = {
+        "encoder": asdict(cfg.encoder) | {"checkpoint": None},
+        "run": read_config(run) if is_run else None,
+        "device": parallel.device.type,
+        "versions": record.versions,
+    }
+    package = Path(inspect.getfile(registry)).parent.parent
+    own = sys.modules[type(module).__module__].__file__  # a plugin's is elsewhere
+    files = [*sorted(package.rglob("*.py")), *([Path(own)] if own else [])]
+    code = digest(*(file.read_text(encoding="utf-8") for file in files))
+    return digest(checksum, code, json.dumps(described, sort_keys=True, default=str))
 
 
 def _results(run_dir: Path, cfg: RunConfig, record: rundir.RunRecord, outcome: Outcome) -> Results:
@@ -166,6 +198,8 @@ def build_subject(
         )
     trained = run_config(read_config(run))
     roles = {"encoder": replace(cfg.encoder, checkpoint=None), "teacher": trained.teacher}
+    # TOKENIZER: text=trained.text, tokenizer=TOKENIZER_OF(trained.text, trained.data) go here, of
+    # the run's own data: a BPE is trained on that, whatever data is evaluated.
     builder = EncoderBuilder(roles, num_classes, load_weights=False)
     method = registry.load(trained.slug)(trained.method, builder)
     if load_weights:

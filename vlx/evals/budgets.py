@@ -23,6 +23,7 @@ class BudgetCurve:
     version = 1
     requires = (Budgets,)
     needs_labels = True
+    needs_captions = False
 
     @torch.no_grad()
     def run(self, subject: Subject, data: EvalData) -> Evaluation:

@@ -20,6 +20,7 @@ class ChannelAccuracy:
     version = 1
     requires = (ChannelSubsets,)
     needs_labels = True
+    needs_captions = False
 
     def run(self, subject: Subject, data: EvalData) -> Evaluation:
         model, info = subject.get(ChannelSubsets), data.source("test").info

@@ -20,6 +20,7 @@ class Classification:
     version = 1
     requires = (ClassLogits,)
     needs_labels = True
+    needs_captions = False
 
     def run(self, subject: Subject, data: EvalData) -> Evaluation:
         info = data.source("test").info

@@ -3,6 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
+
+from vlx.core.errors import ConfigError
+
+
+class Templates(Enum):
+    """Sentences that zero-shot classification puts a class name into."""
+
+    none = "none"
+    simple = "simple"
+    imagenet = "imagenet"
 
 
 @dataclass(kw_only=True)
@@ -16,8 +27,33 @@ class EvalConfig:
     during: list[str] = field(default_factory=lambda: ["knn"])
     """Evaluators to run during training."""
     batch_size: int = 256
-    """Images at a time."""
+    """Images (or texts) at a time."""
     crop_ratio: float = 1.0
     """Side of the central square taken, as a share of the short side. ImageNet practice: 0.875."""
     speed_batches: list[int] = field(default_factory=lambda: [32])
     """Batch sizes at which `tokens` measures images/s; [] measures none."""
+    templates: Templates = Templates.simple
+    """Sentences of `zero-shot`: none (the bare class name), simple (7) or imagenet (80), CLIP's."""
+    template_list: list[str] = field(default_factory=list)
+    """Your own sentences in the place of `templates`, {} where the class name goes, e.g.
+    'a photo of a {}.'"""
+    rerank: int = 0
+    """Candidates of `retrieval` that a model that scores pairs ranks again; 0 none. ALBEF: 256 on
+    COCO, 128 on Flickr30k."""
+    caption_samples: int = 500
+    """Images that `caption` describes, spread evenly over the test split."""
+    cache_features: bool = True
+    """Let `vlx eval` keep features in ~/.cache/vlx/features for the next evaluation of the same
+    weights on the same data; training never does."""
+
+    def __post_init__(self) -> None:
+        for template in self.template_list:
+            if "{}" not in template:
+                raise ConfigError(
+                    f"eval.template_list: '{template}' has no {{}} where the class name goes, "
+                    "e.g. 'a photo of a {}.'"
+                )
+        if self.rerank < 0:
+            raise ConfigError(f"eval.rerank={self.rerank} must be at least 0, which is off")
+        if self.caption_samples < 1:
+            raise ConfigError(f"eval.caption_samples={self.caption_samples} must be at least 1")

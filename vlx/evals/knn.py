@@ -37,6 +37,7 @@ class Knn:
     version = 1
     requires = (ImageFeatures,)
     needs_labels = True
+    needs_captions = False
 
     def run(self, subject: Subject, data: EvalData) -> Evaluation:
         train, test = data.features(subject, "train"), data.features(subject, "test")

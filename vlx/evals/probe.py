@@ -54,6 +54,7 @@ class LinearProbe:
     version = 1
     requires = (ImageFeatures,)
     needs_labels = True
+    needs_captions = False
 
     def run(self, subject: Subject, data: EvalData) -> Evaluation:
         train, test = data.features(subject, "train"), data.features(subject, "test")

@@ -25,6 +25,7 @@ class ReconstructionGrid:
     version = 1
     requires = (Reconstruction,)
     needs_labels = False
+    needs_captions = False
 
     @torch.no_grad()
     def run(self, subject: Subject, data: EvalData) -> Evaluation:

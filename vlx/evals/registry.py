@@ -19,6 +19,9 @@ EVALUATORS: dict[str, tuple[str, str, str]] = {
     "tokens": ("tokens", "TokenCosts", "GMACs, images/s and memory with fewer tokens"),
     "budgets": ("budgets", "BudgetCurve", "accuracy and cost of one model at each budget"),
     "reconstruction": ("reconstruction", "ReconstructionGrid", "a picture of repainted images"),
+    "zero-shot": ("zero_shot", "ZeroShot", "accuracy of classes named in words"),
+    "retrieval": ("retrieval", "Retrieval", "finding images by captions and captions by images"),
+    "caption": ("caption", "CaptionQuality", "BLEU, ROUGE-L and CIDEr of captions"),
 }
 
 

@@ -41,6 +41,7 @@ class TokenCosts:
     version = 1
     requires = (ReducedTokens,)
     needs_labels = False
+    needs_captions = False
 
     @torch.no_grad()
     def run(self, subject: Subject, data: EvalData) -> Evaluation:
