@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from vlx.engine.evaluate import run_evaluators
 from vlx.evals.base import Subject
 from vlx.evals.class_texts import class_texts, class_words
 from vlx.evals.config import EvalConfig, Templates
+from vlx.evals.feature_cache import FeatureCache
 from vlx.evals.ranking import similarity
 from vlx.evals.registry import evaluator
 from vlx.evals.zero_shot import classifier, classify, confusions
@@ -177,22 +179,31 @@ def _on_two(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    torch.save(_numbers(rank, 2), f"{folder}/rank{rank}.pt")
+    os.environ["XDG_CACHE_HOME"] = f"{folder}/cache{rank}"  # as on two machines
+    first, second = _numbers(rank, 2), _numbers(rank, 2)
+    torch.save((first, second), f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
 
-def _numbers(rank: int = 0, world: int = 1) -> list[tuple[str, float, int]]:
+def _numbers(rank: int = 0, world: int = 1) -> tuple[list[tuple[str, float, int]], bool]:
+    """What is measured, and whether anything had to be encoded for it."""
     source = Pairs(31, bad=(4,), duplicates=True)
+    twin = Twin(source)
+    subject = Subject("twin", (twin,))
+    subject.cache = FeatureCache("twin", rank=rank, world=world)
     data = eval_data(source, rank=rank, world=world, rerank=4, caption_samples=9)
     names = ["zero-shot", "retrieval", "caption"]
     found = run_evaluators(
-        names, subject(source), data, weights="trained", pictures_dir=None, main=rank == 0
+        names, subject, data, weights="trained", pictures_dir=None, main=rank == 0
     )
-    return [(m.name, m.value, m.num_samples) for m in found.metrics]
+    numbers = [(m.name, m.value, m.num_samples) for m in found.metrics]
+    return numbers, twin.num_images + twin.num_texts > 0
 
 
 @pytest.mark.slow
-def test_two_processes_measure_what_one_does(tmp_path) -> None:
+def test_two_processes_measure_what_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tests.engine.processes import forkserver
 
     with socket.socket() as probe:
@@ -206,7 +217,12 @@ def test_two_processes_measure_what_one_does(tmp_path) -> None:
     for child in children:
         child.join(120)
         assert child.exitcode == 0
-    here = _numbers()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    here, _ = _numbers()
     assert len(here) == 3 + 11 + 8 + 6
     for rank in range(2):
-        assert torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) == here
+        first, second = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        assert first == (here, True)
+        assert second == (here, False)  # the main process's files serve both
+    assert (tmp_path / "cache0").exists()
+    assert not (tmp_path / "cache1").exists()
