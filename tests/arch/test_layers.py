@@ -45,7 +45,10 @@ FENCES: dict[str, tuple[str, ...]] = {
     "timm.layers": ("encoders/", "blocks/", "methods/"),
     "timm.models": ("encoders/", "blocks/", "methods/"),
     "timm.optim": ("engine/optim.py",),
+    "timm.data": ("encoders/", "evals/"),
     "timm": ("encoders/",),
+    "open_clip": ("encoders/", "evals/"),
+    "pycocoevalcap": ("evals/",),
 }
 CLI_AT_MODULE_LEVEL = {"vlx.core", "typer", "rich"}
 # A method's loop belongs to the engine; these words in a method mean that it has its own.

@@ -64,7 +64,7 @@ def eval_data(batch_size: int = 256, **keys: int) -> EvalData:
 
 
 def features(split: str, data: EvalData) -> Features:
-    return extract(subject().get(ImageFeatures), data.pipeline(split))
+    return extract(subject().get(ImageFeatures).image_features, data.pipeline(split))
 
 
 @pytest.fixture(scope="module")

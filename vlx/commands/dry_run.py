@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vlx.commands.tables import shorten
 from vlx.config.compose import to_yaml
 from vlx.core import registry
-from vlx.core.capability import ImageFeatures, ReducedTokens
+from vlx.core.capability import DualEncoder, ImageFeatures, ReducedTokens
 from vlx.core.fields import Batch, Needs
 from vlx.core.method import Method, StepContext, Trainable
 from vlx.data.open import open_source
@@ -105,7 +105,10 @@ def measure_evaluation(cfg: RunConfig) -> DryRun:
         size = cfg.encoder.image_size
         images = torch.empty(_COUNTED_BATCH, 3, size, size)
         with _count_tokens(module) as tokens, FlopCounterMode(display=False) as flops:
-            subject.get(ImageFeatures).image_features(images)
+            if subject.has(DualEncoder):
+                subject.get(DualEncoder).joint_image_features(images)
+            else:
+                subject.get(ImageFeatures).image_features(images)
     return DryRun(
         total_params=sum(p.numel() for p in module.parameters()),
         trainable_params=0,

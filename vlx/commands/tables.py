@@ -13,6 +13,7 @@ PAIRED = "tokens@"
 """Protocols whose metrics come in pairs, `tokens/WHAT/plain` and `tokens/WHAT/reduced`."""
 
 REDUCED_GMACS = "tokens/gmacs/reduced"
+_COUNTS_SHOWN = 100
 
 
 def figure(value: float, unit: str = "share") -> str:
@@ -44,7 +45,8 @@ def results_tables(results: Results) -> list[Table]:
 def counts_lines(results: Results) -> list[str]:
     """One line for each list of counts by layer: `tokens in mlp: 65 x 2, 47, 34 x 2, 25`."""
     return [
-        f"{name.rsplit('/', 1)[-1].replace('-', ' ')}: {shorten(counts)}"
+        f"{name.rsplit('/', 1)[-1].replace('-', ' ')}: {shorten(counts[:_COUNTS_SHOWN])}"
+        + (f", ... {len(counts)} of them" if len(counts) > _COUNTS_SHOWN else "")
         for name, counts in results.counts.items()
         if len(counts) > 1 and not name.endswith("-by-class")
     ]

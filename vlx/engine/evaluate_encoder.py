@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import resource
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -36,6 +38,7 @@ from vlx.engine.config import RunConfig
 from vlx.engine.environment import hardware
 from vlx.engine.evaluate import Outcome, run_evaluators
 from vlx.engine.load import from_dict, read_config, run_config
+from vlx.engine.log import log_to
 from vlx.engine.parallel import Parallel
 from vlx.engine.text import run_tokenizer
 from vlx.evals.base import EvalData, Subject, lacking
@@ -59,6 +62,7 @@ def execute_evaluation(run_dir: Path, values: dict[str, Any]) -> int:
 
 def _execute(run_dir: Path, cfg: RunConfig, parallel: Parallel) -> int:
     record = rundir.read_record(run_dir)
+    log_to(run_dir, parallel.rank)
 
     def mark(state: str, message: str = "") -> None:
         record.state, record.message = state, message
@@ -97,10 +101,10 @@ def _evaluate(run_dir: Path, cfg: RunConfig, parallel: Parallel, record: rundir.
         if missing:
             raise DataError(f"{info.name} has no {missing}, which {name} needs")
     subject, module = build_subject(cfg, info.num_classes, info.class_names)
-    checksum = weights_checksum({n: t.cpu() for n, t in module.state_dict().items()})
+    checksum = weights_checksum(module.state_dict())
     module.to(parallel.device).eval()
     if cfg.eval.cache_features:
-        identity = _identity(cfg, record, checksum)
+        identity = _identity(cfg, module, checksum, record, parallel)
         subject.cache = FeatureCache(identity, rank=parallel.rank, world=parallel.world)
     outcome = run_evaluators(
         cfg.eval.at_end,
@@ -120,14 +124,25 @@ def _evaluate(run_dir: Path, cfg: RunConfig, parallel: Parallel, record: rundir.
         results.write(run_dir)
 
 
-def _identity(cfg: RunConfig, record: rundir.RunRecord, checksum: str) -> str:
-    """Of all that features are computed from besides the data: weights, architecture, code."""
+def _identity(
+    cfg: RunConfig, module: nn.Module, checksum: str, record: rundir.RunRecord, parallel: Parallel
+) -> str:
+    """Digest of all that features come from besides the data: the weights, what the configurations
+    say of the model, the kind of device, and the code, which nobody gives a new version for every
+    change."""
     run = Path(cfg.encoder.checkpoint or "").expanduser()
-    trained = read_config(run) if (run / rundir.CONFIG_FILE).is_file() else {}
-    model = {key: trained.get(key) for key in ("slug", "method", "text")}
-    model["encoder"] = asdict(replace(cfg.encoder, checkpoint=None))
-    code = [record.commit or "", *(f"{k} {v}" for k, v in sorted(record.versions.items()))]
-    return digest(checksum, json.dumps(model, default=str, sort_keys=True), *code)
+    is_run = (run / rundir.CONFIG_FILE).is_file()
+    described = {
+        "encoder": asdict(cfg.encoder) | {"checkpoint": None},
+        "run": read_config(run) if is_run else None,
+        "device": parallel.device.type,
+        "versions": record.versions,
+    }
+    package = Path(inspect.getfile(registry)).parent.parent
+    own = sys.modules[type(module).__module__].__file__  # a plugin's is elsewhere
+    files = [*sorted(package.rglob("*.py")), *([Path(own)] if own else [])]
+    code = digest(*(file.read_text(encoding="utf-8") for file in files))
+    return digest(checksum, code, json.dumps(described, sort_keys=True, default=str))
 
 
 def _results(run_dir: Path, cfg: RunConfig, record: rundir.RunRecord, outcome: Outcome) -> Results:

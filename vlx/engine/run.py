@@ -34,6 +34,7 @@ from vlx.engine.environment import hardware
 from vlx.engine.evaluate import Outcome, run_evaluators
 from vlx.engine.evaluate_encoder import execute_evaluation
 from vlx.engine.load import read_config, run_config
+from vlx.engine.log import log_to
 from vlx.engine.loop import Hooks, Trainer
 from vlx.engine.parallel import Parallel
 from vlx.engine.signals import StopRequest, stop_on_signals
@@ -85,7 +86,7 @@ class Run:
         self.record = rundir.read_record(run_dir)
         self.track: Track = Fanout([])
         self.progress: ConsoleProgress | None = None
-        _log_to(run_dir, parallel.rank)
+        log_to(run_dir, parallel.rank)
 
     def execute(self) -> int:
         """Train, evaluate, write results; keep `run.json` telling the truth throughout."""
@@ -326,21 +327,3 @@ class Run:
             finished=rundir.now(),
             pictures=[str(p.relative_to(self.run_dir)) for p in all_pictures],
         ).write(self.run_dir)
-
-
-class _RunLog(logging.FileHandler):
-    """The run's log.txt; a full disk must not fill the terminal with tracebacks of logging."""
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's own name
-        pass
-
-
-def _log_to(run_dir: Path, rank: int) -> None:
-    """Send the `vlx` log to the run's log.txt (log-rankN.txt on other processes)."""
-    handler = _RunLog(run_dir / rundir.log_file(rank))
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    for old in [h for h in log.handlers if isinstance(h, _RunLog)]:
-        log.removeHandler(old)
-        old.close()
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)

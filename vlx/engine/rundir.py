@@ -28,6 +28,7 @@ HARMLESS_KEYS = (
     "track",
     "launcher",
     "data.workers",
+    "eval.cache_features",
     "train.log_every",
     "train.threads",
     "train.checkpoint_every",

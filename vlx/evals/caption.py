@@ -20,7 +20,7 @@ _ROWS = 8
 _PANEL = 460
 _SHORTENED = re.compile(r"(?<=\w)(n't|'(?:s|re|ve|ll|d|m))\b")
 _WORD = re.compile(
-    r"(?<!\w)n't\b|'(?:s|re|ve|ll|d|m)\b|\d+(?:[.,/:]\d+)+|\w+(?:[-'/]\w+)*|[$€£%&#@+=*<>^~|]"
+    r"(?<!\w)n't\b|'(?:s|re|ve|ll|d|m)\b|\d+(?:[.,/:]\d+)+|\w+(?:[-'/.]\w+)*|[$€£%&#@+=*<>^~|]"
 )
 
 
@@ -30,11 +30,12 @@ class CaptionQuality:
     image.
 
     BLEU-1 to 4 (of the whole set, closest reference length), ROUGE-L (beta 1.2, mean over
-    images) and CIDEr (n-grams of 1 to 4, sigma 6, mean over images; 10 is perfect, and papers often
-    write 100 times the value) are those of pycocoevalcap 1.2, CIDEr's document frequencies those
-    of the references of the evaluated set. Its tokenizer, Stanford's for the Penn Treebank, needs
-    Java, so the words are our own (`words`): lower case, clitics apart, punctuation removed.
-    They differ from it in that abbreviations lose their last full stop and brackets go too.
+    images) and CIDEr (n-grams of 1 to 4, sigma 6, mean over images; papers often write 100 times
+    the value) are those of pycocoevalcap 1.2. CIDEr's document frequencies are those of the
+    references of the evaluated set, so that CIDEr of one image is 0. Its tokenizer, Stanford's for
+    the Penn Treebank, needs Java, so the words are our own (`words`): lower case, clitics apart,
+    punctuation removed. They differ from it in that abbreviations lose their last full stop and
+    that brackets go too. References without a word are left out.
     """
 
     name = "caption"
@@ -48,7 +49,9 @@ class CaptionQuality:
         info = data.source("test").info
         written = write_captions(subject.get(Captioner), data)
         every = data.captions("test")
-        references = {index: every[index] for index in written if every[index]}
+        # A reference of punctuation alone says nothing, and ROUGE would divide by its words.
+        references = {index: [t for t in every[index] if words(t)] for index in written}
+        references = {index: texts for index, texts in references.items() if texts}
         written = {index: written[index] for index in references}
         if not written:
             raise DataError(f"no image with captions of {info.name} could be read")
