@@ -17,15 +17,23 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from vlx.blocks.frozen import Frozen
+from vlx.blocks.logit_scale import Temperature
 from vlx.blocks.projectors import ResidualHead, TokenProjector
 from vlx.core.capability import Capability
 from vlx.core.config import MethodConfig
 from vlx.core.fields import Batch, Needs, ViewSpec
-from vlx.core.method import Builder, ParamGroup, StepContext, StepOutput, Trainable
+from vlx.core.method import (
+    Builder,
+    ParamGroup,
+    StepContext,
+    StepOutput,
+    Trainable,
+    decay_all_but_vectors,
+)
 from vlx.core.paper import Paper
 from vlx.encoders.base import EncoderFeatures
 from vlx.families.dual_encoder import PAIR_FIELDS, JointSpace, PairTowers
@@ -63,20 +71,6 @@ class UnimodalProjectorsConfig(MethodConfig):
     rand_augment: float | None = 7.0
     """Strength of two random operations that leave colours alone, 0..10; null does none. Official
     code: 7."""
-
-
-class Temperature(nn.Module):
-    """A parameter that divides cosines, kept within 0.001 and 0.5 at every use."""
-
-    def __init__(self, start: float) -> None:
-        super().__init__()
-        self.value = nn.Parameter(torch.tensor(start))
-
-    def forward(self) -> Tensor:
-        """What multiplies cosines."""
-        with torch.no_grad():
-            self.value.clamp_(0.001, 0.5)
-        return 1 / self.value
 
 
 class ProjectedTowers(PairTowers):
@@ -145,12 +139,7 @@ class UnimodalProjectors(Trainable):
 
     def param_groups(self) -> list[ParamGroup]:
         """All that is not 1-D is decayed, the 0-D temperature too (official code)."""
-        named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-        flat = [(name, p) for name, p in named if p.ndim == 1]
-        return [
-            ParamGroup("decay", [(name, p) for name, p in named if p.ndim != 1]),
-            ParamGroup("no_decay", flat, weight_decay=0.0),
-        ]
+        return decay_all_but_vectors(self)
 
     def exports(self) -> tuple[Capability, ...]:
         joint = JointSpace(self.towers, self.temperature)

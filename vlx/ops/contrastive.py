@@ -63,6 +63,18 @@ class _PairedCrossEntropy(torch.autograd.Function):
         return pulled * (scale * grad), pushed * (scale * grad), of_scale.reshape(scale.shape), None
 
 
+def hard_negatives(logits: Tensor, excluded: Tensor, u: Tensor) -> Tensor:
+    """One column for each row, drawn with the weights of the row's softmax among those that are
+    not excluded: the more alike, the more often (ALBEF, Li et al. 2021, section 3.2).
+
+    logits: (B, N); excluded: (B, N) bool, never drawn; u: (B, N) uniform in [0, 1). Returns (B,)
+    int64. Drawn as the largest of the logits plus Gumbel noise, so that no weight can underflow,
+    which would leave a row without any. A row that excludes everything gets 0.
+    """
+    noise = -torch.log(-torch.log(u.clamp(min=2**-25)))
+    return (logits.detach().float() + noise).masked_fill(excluded, float("-inf")).argmax(1)
+
+
 def mean_of_templates(features: Tensor) -> Tensor:
     """Class weights from texts: (C, T, E) of unit length to (C, E) of unit length, the mean over
     templates normalised again."""
