@@ -42,15 +42,15 @@ class BertBlock(nn.Module):
         return self.mix(self.attend(x, real))
 
     def attend(self, x: Tensor, real: Tensor) -> Tensor:
-        found = self._attention(*self.qkv(x).chunk(3, dim=-1), real[:, None, None])
+        found = self._attention(self.qkv(x).chunk(3, dim=-1), real[:, None, None])
         return self.attended(found, x)
 
     def mix(self, x: Tensor) -> Tensor:
         return self.mixed(gelu(self.fc(x)), x)
 
-    def _attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """q: (B, L, D); k, v: (B, M, D). Returns (B, L, D)."""
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
+    def _attention(self, parts: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
+        """Queries (B, L, D), keys and values (B, M, D). Returns (B, L, D)."""
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         dropout = self.dropout if self.training else 0.0
         found = scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return found.transpose(1, 2).flatten(2)
@@ -86,5 +86,5 @@ class FusionBlock(BertBlock):
         key_value = self.key_value(image)  # (R, M, 2D)
         if rows is not None:
             key_value = key_value[rows]
-        found = self._attention(self.query(x), *key_value.chunk(2, dim=-1), None)
+        found = self._attention((self.query(x), *key_value.chunk(2, dim=-1)), None)
         return self.mix(self.looked(found, x))
