@@ -28,8 +28,9 @@ from vlx.encoders.tokenizers import clip_tokenizer
 from vlx.engine import checkpoint
 from vlx.engine.build import builder_of
 from vlx.engine.text import run_tokenizer, shape_tokenizer
-from vlx.methods.albef import Albef, Objective, SameImage, distilled_contrast, distilled_words
-from vlx.ops.contrastive import hard_negatives
+from vlx.methods.albef import Albef, Objective, SameImage
+from vlx.ops.contrastive import distilled_contrast, hard_negatives
+from vlx.ops.masked_words import distilled_words
 
 
 def albef(**changes: object) -> Albef:

@@ -38,7 +38,7 @@ from vlx.blocks.word_head import WordHead
 from vlx.core.capability import Capability, PairScorer
 from vlx.core.config import MethodConfig
 from vlx.core.errors import ConfigError
-from vlx.core.fields import Batch, Needs, ViewSpec
+from vlx.core.fields import Batch, Needs
 from vlx.core.method import (
     Builder,
     ParamGroup,
@@ -51,13 +51,11 @@ from vlx.core.paper import Paper
 from vlx.encoders.base import EncoderFeatures
 from vlx.encoders.checkpoint import fit_positions, load_whole, read_weights
 from vlx.encoders.clip_weights import check_tokenizer
-from vlx.families.dual_encoder import PAIR_FIELDS, JointSpace, PairTowers
-from vlx.ops.augment import HorizontalFlip, RandomResizedCrop
-from vlx.ops.contrastive import hard_negatives
+from vlx.families.dual_encoder import PAIR_FIELDS, JointSpace, PairTowers, caption_view
+from vlx.ops.contrastive import distilled_contrast, hard_negatives
 from vlx.ops.dist import global_mean
-from vlx.ops.masked_words import choose_words
+from vlx.ops.masked_words import choose_words, distilled_words
 from vlx.ops.precision import without_autocast
-from vlx.ops.rand_augment import WITHOUT_COLOUR, RandAugment
 from vlx.ops.text import real_tokens
 
 PAPER = Paper(
@@ -73,6 +71,9 @@ PAPER = Paper(
     modalities=("image", "text"),
     trainable_params=209_937_725,
 )
+
+
+_QUEUES = ("image_queue.", "text_queue.", "positives.")
 
 
 class Objective(Enum):
@@ -299,14 +300,8 @@ class Albef(Trainable):
 
     @classmethod
     def needs(cls, cfg: AlbefConfig) -> Needs:
-        crop = RandomResizedCrop(scale=(cfg.crop_scale[0], cfg.crop_scale[1]))
-        ops = [crop, HorizontalFlip(cfg.flip)]
-        if cfg.rand_augment is not None:
-            augment = RandAugment(
-                magnitude=cfg.rand_augment, magnitude_std=0.0, operations=WITHOUT_COLOUR
-            )
-            ops.append(augment)
-        return Needs(views=(ViewSpec("image", ops=tuple(ops)),), fields=PAIR_FIELDS)
+        view = caption_view(cfg.crop_scale, cfg.flip, cfg.rand_augment)
+        return Needs(views=(view,), fields=PAIR_FIELDS)
 
     def step(self, batch: Batch, ctx: StepContext) -> StepOutput:
         numbers = batch["sample_id"]
@@ -413,30 +408,6 @@ class Albef(Trainable):
             key = f"{towers}.image.vit.pos_embed"
             fit_positions(own, saved, spec.grid, spec.num_prefix, key)
         load_whole(self, saved | fresh, path)
-
-
-_QUEUES = ("image_queue.", "text_queue.", "positives.")
-
-
-def distilled_contrast(logits: Tensor, taught: Tensor, positives: Tensor, alpha: float) -> Tensor:
-    """Cross-entropy against the positives, evenly, mixed with the teacher's softmax.
-
-    logits, taught: (B, N), of the student's and the teacher's queries; positives: (B, N) bool.
-    """
-    hard = positives.float()
-    hard = hard / hard.sum(1, keepdim=True)
-    return cross_entropy(logits, (1 - alpha) * hard + alpha * taught.softmax(1))
-
-
-def distilled_words(logits: Tensor, taught: Tensor, ids: Tensor, alpha: float) -> Tensor:
-    """(B, L) cross-entropy of each word against its id, mixed with the teacher's softmax.
-
-    logits, taught: (B, L, V); ids: (B, L).
-    """
-    log_probabilities = logits.log_softmax(-1)
-    by_id = -log_probabilities.gather(-1, ids[..., None])[..., 0]
-    by_teacher = -(taught.softmax(-1) * log_probabilities).sum(-1)
-    return (1 - alpha) * by_id + alpha * by_teacher
 
 
 METHOD = Albef

@@ -1,4 +1,5 @@
-"""From unimodal to multimodal: scaling up projectors to align modalities (Maniparambil et al., 2025).
+"""From unimodal to multimodal: scaling up projectors to align modalities (Maniparambil et al.,
+2025).
 
 A self-supervised image encoder and a sentence encoder stay frozen; small projectors on their
 tokens, trained by CLIP's loss, put both into one space. Which encoders fit is told beforehand by
@@ -25,7 +26,7 @@ from vlx.blocks.logit_scale import Temperature
 from vlx.blocks.projectors import ResidualHead, TokenProjector
 from vlx.core.capability import Capability
 from vlx.core.config import MethodConfig
-from vlx.core.fields import Batch, Needs, ViewSpec
+from vlx.core.fields import Batch, Needs
 from vlx.core.method import (
     Builder,
     ParamGroup,
@@ -36,10 +37,8 @@ from vlx.core.method import (
 )
 from vlx.core.paper import Paper
 from vlx.encoders.base import EncoderFeatures
-from vlx.families.dual_encoder import PAIR_FIELDS, JointSpace, PairTowers
-from vlx.ops.augment import HorizontalFlip, RandomResizedCrop
+from vlx.families.dual_encoder import PAIR_FIELDS, JointSpace, PairTowers, caption_view
 from vlx.ops.contrastive import paired_cross_entropy
-from vlx.ops.rand_augment import WITHOUT_COLOUR, RandAugment
 from vlx.ops.text import mean_tokens, real_tokens
 
 PAPER = Paper(
@@ -116,14 +115,8 @@ class UnimodalProjectors(Trainable):
 
     @classmethod
     def needs(cls, cfg: UnimodalProjectorsConfig) -> Needs:
-        crop = RandomResizedCrop(scale=(cfg.crop_scale[0], cfg.crop_scale[1]))
-        ops = [crop, HorizontalFlip(cfg.flip)]
-        if cfg.rand_augment is not None:
-            augment = RandAugment(
-                magnitude=cfg.rand_augment, magnitude_std=0.0, operations=WITHOUT_COLOUR
-            )
-            ops.append(augment)
-        return Needs(views=(ViewSpec("image", ops=tuple(ops)),), fields=PAIR_FIELDS)
+        view = caption_view(cfg.crop_scale, cfg.flip, cfg.rand_augment)
+        return Needs(views=(view,), fields=PAIR_FIELDS)
 
     def inserted(self) -> list[str]:
         return [name for name, param in self.named_parameters() if param.requires_grad]
