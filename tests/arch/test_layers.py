@@ -47,7 +47,6 @@ FENCES: dict[str, tuple[str, ...]] = {
     "timm.optim": ("engine/optim.py",),
     "timm.data": ("encoders/", "evals/"),
     "timm": ("encoders/",),
-    "open_clip": ("encoders/", "evals/"),
     "pycocoevalcap": ("evals/",),
 }
 CLI_AT_MODULE_LEVEL = {"vlx.core", "typer", "rich"}

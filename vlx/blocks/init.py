@@ -41,6 +41,18 @@ def trunc_normal_init(module: nn.Module) -> None:
             nn.init.zeros_(part.bias)
 
 
+def normal_init(module: nn.Module) -> None:
+    """BERT's scheme: Linear and Embedding normal 0.02, zero bias, LayerNorm 1 and 0; in place."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Embedding):
+            nn.init.normal_(part.weight, std=0.02)
+            if isinstance(part, nn.Linear) and part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.LayerNorm) and part.elementwise_affine:
+            nn.init.ones_(part.weight)
+            nn.init.zeros_(part.bias)
+
+
 def xavier_init_patch_embed(conv: nn.Conv2d) -> None:
     """Xavier-uniform on the patch convolution seen as a (D, C*p*p) matrix; bias untouched."""
     nn.init.xavier_uniform_(conv.weight.data.view(conv.out_channels, -1))

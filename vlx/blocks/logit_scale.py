@@ -26,3 +26,18 @@ class LogitScale(nn.Module):
     def clamp(self) -> None:
         """Keep the multiplier within 1 and `largest`."""
         self.log.clamp_(0, math.log(self.largest))
+
+
+class Temperature(nn.Module):
+    """A parameter that divides cosines, kept within 0.001 and 0.5 at every use (ALBEF, Li et al.
+    2021). Call it once a step: it is changed in place."""
+
+    def __init__(self, start: float = 0.07) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(start))
+
+    def forward(self) -> Tensor:
+        """What multiplies cosines."""
+        with torch.no_grad():
+            self.value.clamp_(0.001, 0.5)
+        return 1 / self.value

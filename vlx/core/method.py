@@ -244,6 +244,17 @@ class Trainable(Method):
         """After the optimizer: momentum teachers, queues."""
 
 
+def decay_all_but_vectors(method: Trainable) -> list[ParamGroup]:
+    """Trainable parameters in two groups as timm's scripts make them: 1-D tensors undecayed, and
+    so a 0-D temperature decayed."""
+    named = [(name, p) for name, p in method.named_parameters() if p.requires_grad]
+    vectors = [(name, p) for name, p in named if p.ndim == 1]
+    return [
+        ParamGroup("decay", [(name, p) for name, p in named if p.ndim != 1]),
+        ParamGroup("no_decay", vectors, weight_decay=0.0),
+    ]
+
+
 @runtime_checkable
 class Coupled(Protocol):
     """A coupled method whose step falls into two parts, so that batches beyond memory are possible.

@@ -59,7 +59,7 @@ def load_clip(towers: nn.Module, logit_scale: nn.Module, path: str) -> None:
     The position table of another image size is resampled. Raises `CheckpointError` naming the keys
     that do not fit; nothing is loaded then.
     """
-    _check_tokenizer(towers.tokenizer, path)  # type: ignore[arg-type]
+    check_tokenizer(towers.tokenizer, path)  # type: ignore[arg-type]
     own = {key.removeprefix("towers."): value for key, value in _named(path).items()}
     scale = own.pop("logit_scale", None)
     if scale is None:
@@ -74,7 +74,7 @@ def load_clip(towers: nn.Module, logit_scale: nn.Module, path: str) -> None:
         logit_scale.log.copy_(scale)  # type: ignore[union-attr, operator]
 
 
-def _check_tokenizer(tokenizer: Tokenizer, path: str) -> None:
+def check_tokenizer(tokenizer: Tokenizer, path: str) -> None:
     """Raise `CheckpointError` where a run was trained with other ids than these."""
     file = Path(path).expanduser() / FILE
     if not file.is_file():

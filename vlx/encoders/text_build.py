@@ -21,8 +21,17 @@ _SPARE_ROWS = 0.1
 def build_text_encoder(cfg: TextConfig, tokenizer: Tokenizer, **architecture: Any) -> TextEncoder:
     """The text encoder of `cfg.name`; keywords (`causal=False`) fix what the paper fixes.
 
+    With `image_dim` and `fusion_layers`, a `FusionText`: a BERT whose last blocks look at an image.
     Raises `ConfigError` for an unknown name, and where the tokenizer's ids do not fit the table.
     """
+    if "image_dim" in architecture:
+        from vlx.encoders.fusion_text import FusionText
+
+        new = _check_name(cfg, ["bert"], "BERT, in which the method fuses the image,")
+        fusing = FusionText(cfg, _rows(cfg, tokenizer) if new else 0, **architecture)
+        if not new:
+            _check_rows(cfg, tokenizer, fusing.spec.vocab_size)
+        return fusing
     if cfg.name in _OWN:
         from vlx.encoders.clip_text import ClipText
 

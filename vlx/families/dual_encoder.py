@@ -9,12 +9,24 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from vlx.core.capability import DualEncoder
-from vlx.core.fields import TEXT, TEXT_LENGTH
+from vlx.core.fields import TEXT, TEXT_LENGTH, ViewSpec
 from vlx.core.method import Builder
 from vlx.encoders.init import clip_vision_init
+from vlx.ops.augment import HorizontalFlip, RandomResizedCrop
+from vlx.ops.rand_augment import WITHOUT_COLOUR, RandAugment
 
 PAIR_FIELDS = (TEXT, TEXT_LENGTH)
 _TEXTS_AT_ONCE = 256
+
+
+def caption_view(crop_scale: Sequence[float], flip: float, rand_augment: float | None) -> ViewSpec:
+    """ALBEF's view (Li et al. 2021, section 3.5): a crop, a flip, two random operations of a
+    strength 0..10 that leave alone the colours that captions name; None does none."""
+    ops = [RandomResizedCrop(scale=(crop_scale[0], crop_scale[1])), HorizontalFlip(flip)]
+    if rand_augment is not None:
+        augment = RandAugment(magnitude=rand_augment, magnitude_std=0.0, operations=WITHOUT_COLOUR)
+        ops.append(augment)
+    return ViewSpec("image", ops=tuple(ops))
 
 
 class PairTowers(nn.Module):

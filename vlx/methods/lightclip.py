@@ -20,10 +20,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, gelu, linear, normalize
+from torch.nn.functional import cross_entropy, normalize
 
 from vlx.blocks.logit_scale import LogitScale
 from vlx.blocks.vit_block import BlockHook
+from vlx.blocks.word_head import WordHead
 from vlx.core.capability import Capability
 from vlx.core.config import MethodConfig
 from vlx.core.errors import ConfigError
@@ -126,19 +127,6 @@ class Fusing(BlockHook):
     def after_block(self, state: TokenState, layer: int) -> TokenState:
         i = layer - self.first_block
         return replace(state, x=self.fusion(state.x, self.stages[i], i)) if i >= 0 else state
-
-
-class WordHead(nn.Module):
-    """Linear, GELU, LayerNorm, then the token table as the decoder."""
-
-    def __init__(self, dim: int, vocab_size: int) -> None:
-        super().__init__()
-        self.dense = nn.Linear(dim, dim)
-        self.norm = nn.LayerNorm(dim)
-        self.bias = nn.Parameter(torch.zeros(vocab_size))
-
-    def forward(self, tokens: Tensor, table: Tensor) -> Tensor:
-        return linear(self.norm(gelu(self.dense(tokens))), table, self.bias)
 
 
 class Lightclip(Trainable):

@@ -17,21 +17,27 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from vlx.blocks.frozen import Frozen
+from vlx.blocks.logit_scale import Temperature
 from vlx.blocks.projectors import ResidualHead, TokenProjector
 from vlx.core.capability import Capability
 from vlx.core.config import MethodConfig
-from vlx.core.fields import Batch, Needs, ViewSpec
-from vlx.core.method import Builder, ParamGroup, StepContext, StepOutput, Trainable
+from vlx.core.fields import Batch, Needs
+from vlx.core.method import (
+    Builder,
+    ParamGroup,
+    StepContext,
+    StepOutput,
+    Trainable,
+    decay_all_but_vectors,
+)
 from vlx.core.paper import Paper
 from vlx.encoders.base import EncoderFeatures
-from vlx.families.dual_encoder import PAIR_FIELDS, JointSpace, PairTowers
-from vlx.ops.augment import HorizontalFlip, RandomResizedCrop
+from vlx.families.dual_encoder import PAIR_FIELDS, JointSpace, PairTowers, caption_view
 from vlx.ops.contrastive import paired_cross_entropy
-from vlx.ops.rand_augment import WITHOUT_COLOUR, RandAugment
 from vlx.ops.text import mean_tokens, real_tokens
 
 PAPER = Paper(
@@ -63,20 +69,6 @@ class UnimodalProjectorsConfig(MethodConfig):
     rand_augment: float | None = 7.0
     """Strength of two random operations that leave colours alone, 0..10; null does none. Official
     code: 7."""
-
-
-class Temperature(nn.Module):
-    """A parameter that divides cosines, kept within 0.001 and 0.5 at every use."""
-
-    def __init__(self, start: float) -> None:
-        super().__init__()
-        self.value = nn.Parameter(torch.tensor(start))
-
-    def forward(self) -> Tensor:
-        """What multiplies cosines."""
-        with torch.no_grad():
-            self.value.clamp_(0.001, 0.5)
-        return 1 / self.value
 
 
 class ProjectedTowers(PairTowers):
@@ -122,14 +114,8 @@ class UnimodalProjectors(Trainable):
 
     @classmethod
     def needs(cls, cfg: UnimodalProjectorsConfig) -> Needs:
-        crop = RandomResizedCrop(scale=(cfg.crop_scale[0], cfg.crop_scale[1]))
-        ops = [crop, HorizontalFlip(cfg.flip)]
-        if cfg.rand_augment is not None:
-            augment = RandAugment(
-                magnitude=cfg.rand_augment, magnitude_std=0.0, operations=WITHOUT_COLOUR
-            )
-            ops.append(augment)
-        return Needs(views=(ViewSpec("image", ops=tuple(ops)),), fields=PAIR_FIELDS)
+        view = caption_view(cfg.crop_scale, cfg.flip, cfg.rand_augment)
+        return Needs(views=(view,), fields=PAIR_FIELDS)
 
     def inserted(self) -> list[str]:
         return [name for name, param in self.named_parameters() if param.requires_grad]
@@ -145,12 +131,7 @@ class UnimodalProjectors(Trainable):
 
     def param_groups(self) -> list[ParamGroup]:
         """All that is not 1-D is decayed, the 0-D temperature too (official code)."""
-        named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-        flat = [(name, p) for name, p in named if p.ndim == 1]
-        return [
-            ParamGroup("decay", [(name, p) for name, p in named if p.ndim != 1]),
-            ParamGroup("no_decay", flat, weight_decay=0.0),
-        ]
+        return decay_all_but_vectors(self)
 
     def exports(self) -> tuple[Capability, ...]:
         joint = JointSpace(self.towers, self.temperature)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import cross_entropy, normalize
 from torch.utils.checkpoint import checkpoint
 
 from vlx.ops.dist import gather_rows, rank
@@ -61,6 +61,29 @@ class _PairedCrossEntropy(torch.autograd.Function):
         # d loss / d scale = sum of weights * cosines = sum over queries of <pulled, query>
         of_scale = (pulled * queries).sum() * grad
         return pulled * (scale * grad), pushed * (scale * grad), of_scale.reshape(scale.shape), None
+
+
+def distilled_contrast(logits: Tensor, taught: Tensor, positives: Tensor, alpha: float) -> Tensor:
+    """Cross-entropy against the positives, evenly, mixed with the teacher's softmax (ALBEF, Li et
+    al. 2021, equation 6).
+
+    logits, taught: (B, N), of the student's and the teacher's queries; positives: (B, N) bool.
+    """
+    hard = positives.float()
+    hard = hard / hard.sum(1, keepdim=True)
+    return cross_entropy(logits, (1 - alpha) * hard + alpha * taught.softmax(1))
+
+
+def hard_negatives(logits: Tensor, excluded: Tensor, u: Tensor) -> Tensor:
+    """One column for each row, drawn with the weights of the row's softmax among those that are
+    not excluded: the more alike, the more often (ALBEF, Li et al. 2021, section 3.2).
+
+    logits: (B, N); excluded: (B, N) bool, never drawn; u: (B, N) uniform in [0, 1). Returns (B,)
+    int64. Drawn as the largest of the logits plus Gumbel noise, so that no weight can underflow,
+    which would leave a row without any. A row that excludes everything gets 0.
+    """
+    noise = -torch.log(-torch.log(u.clamp(min=2**-25)))
+    return (logits.detach().float() + noise).masked_fill(excluded, float("-inf")).argmax(1)
 
 
 def mean_of_templates(features: Tensor) -> Tensor:

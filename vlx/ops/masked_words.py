@@ -36,3 +36,15 @@ def choose_words(
     other = chosen & (kind >= _MASKED) & (kind < _MASKED + _RANDOM)
     random_ids = (word * vocab_size).long().clamp(max=vocab_size - 1)
     return MaskedWords(chosen, masked, torch.where(other, random_ids, ids))
+
+
+def distilled_words(logits: Tensor, taught: Tensor, ids: Tensor, alpha: float) -> Tensor:
+    """(B, L) cross-entropy of each word against its id, mixed with the teacher's softmax (ALBEF, Li
+    et al. 2021, equation 7).
+
+    logits, taught: (B, L, V); ids: (B, L).
+    """
+    log_probabilities = logits.log_softmax(-1)
+    by_id = -log_probabilities.gather(-1, ids[..., None])[..., 0]
+    by_teacher = -(taught.softmax(-1) * log_probabilities).sum(-1)
+    return (1 - alpha) * by_id + alpha * by_teacher
