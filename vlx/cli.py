@@ -22,8 +22,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Look at data: what there is, what it holds.")
 app.add_typer(data_app, name="data")
-console = Console()
-errors = Console(stderr=True)
+console = Console(emoji=False)  # rich would print the split of "google:train: 8" as a train
+errors = Console(stderr=True, emoji=False)
 
 
 def _complete(what: str) -> Callable[[typer.Context, str], list[Any]]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -18,10 +20,12 @@ from vlx.config.overrides import parse
 from vlx.config.paths import conf_dir, group_options
 from vlx.core import registry
 from vlx.core.errors import ConfigError, DataError, nearest
+from vlx.data.captions import caption_stats, captioned
 from vlx.data.config import DataConfig, Resident
 from vlx.data.decode import decode_image
 from vlx.data.open import SOURCES, open_source
 from vlx.data.source import Source
+from vlx.data.subset import evenly
 from vlx.engine.load import from_dict, run_config
 
 _REQUIRED = {
@@ -33,6 +37,9 @@ _REQUIRED = {
 _SHOWN_CLASSES = 12
 _SHOWN_SIZES = 3
 _SHOWN_BAD = 10
+_SHOWN_CAPTIONS = 3
+_LINE, _PANEL = 18, 240  # pixels of a line, and of the panel that captions are drawn in
+_COUNTED = 100_000  # samples whose captions are counted
 
 
 def list_sources(console: Console) -> None:
@@ -73,9 +80,13 @@ def data_config(name: str, overrides: Sequence[str]) -> DataConfig:
 def show(name: str, overrides: Sequence[str], check: int, console: Console) -> None:
     """What each split of a source holds, and which of `check` samples cannot be read."""
     cfg = data_config(name, overrides)
-    table = Table("split", "samples", "fields", "classes", "image sizes", "unreadable")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("split", no_wrap=True)
+    for title in ("samples", "fields", "classes", "image sizes", "unreadable"):
+        table.add_column(title, min_width=max(map(len, title.split())))
     table.add_column("digest", overflow="fold")
     bad: list[str] = []
+    lines: list[str] = []
     names: tuple[str, ...] = ()
     for split in dict.fromkeys((cfg.train_split, cfg.test_split)):
         try:
@@ -88,6 +99,7 @@ def show(name: str, overrides: Sequence[str], check: int, console: Console) -> N
         names = names or source.info.class_names
         sizes, found, checked = check_samples(source, cfg, check)
         bad += found
+        lines += caption_lines(source)
         table.add_row(
             split,
             str(source.info.num_samples),
@@ -102,8 +114,27 @@ def show(name: str, overrides: Sequence[str], check: int, console: Console) -> N
         more = f" and {len(names) - _SHOWN_CLASSES} more" if len(names) > _SHOWN_CLASSES else ""
         shown = ", ".join(names[:_SHOWN_CLASSES])
         console.print(f"classes: {shown}{more}", highlight=False, soft_wrap=True, markup=False)
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
     for line in bad[:_SHOWN_BAD]:
         console.print(f"unreadable: {line}", highlight=False, soft_wrap=True, markup=False)
+
+
+def caption_lines(source: Source) -> list[str]:
+    """What the captions of a source look like: counts, some examples, and unusable ones."""
+    if captioned(source) is None:
+        return []
+    stats = caption_stats(source, _COUNTED)
+    lines = [f"captions of {source.info.split}: {stats}"]
+    few = evenly(source, _SHOWN_CAPTIONS)
+    for row in range(len(few)):
+        with suppress(Exception):  # an unusable one is named below
+            lines.append(f"  {few.describe(row)}: {' | '.join(_in_line(few.captions(row)))}")
+    return lines + [f"unusable caption: {line}" for line in stats.unusable[:_SHOWN_BAD]]
+
+
+def _in_line(captions: Sequence[str]) -> list[str]:
+    return [" ".join(caption.split()) for caption in captions]
 
 
 def check_samples(source: Source, cfg: DataConfig, count: int) -> tuple[list[str], list[str], int]:
@@ -124,20 +155,21 @@ def check_samples(source: Source, cfg: DataConfig, count: int) -> tuple[list[str
 def preview(
     slug: str, preset: str | None, overrides: Sequence[str], out: Path, samples: int
 ) -> Path:
-    """Write a grid, a row a sample: the image as stored, then every view of the first step."""
+    """Write a grid, a row a sample: the image as stored, every view of the first step, captions."""
     import torch
     from PIL import Image
 
-    from vlx.data.pipeline import Share, TrainPipeline
+    from vlx.data.pipeline import Share, TrainPipeline, check_fields
     from vlx.evals.pictures import grid, to_picture
 
     command = registry.find(slug).paper.commands[0]
     cfg = run_config(compose(slug, command, preset, overrides))
     source = open_source(cfg.data, cfg.data.train_split)
     needs = registry.load(slug).needs(cfg.method)
+    check_fields(source, needs)
     pipeline = TrainPipeline(
         source,
-        needs,
+        replace(needs, fields=()),  # what is drawn; token ids would need a tokenizer
         # The same samples and draws as in the run's first step, without decoding all the data.
         cfg=replace(cfg.data, resident=Resident.never, workers=0),
         image_size=cfg.encoder.image_size,
@@ -152,12 +184,23 @@ def preview(
         stored = decode_image(source.read(index)["image"], cfg.data.max_pixels, cfg.data.max_side)
         pictures = [_fitted(to_picture(torch.from_numpy(stored.copy()).permute(2, 0, 1) / 255))]
         pictures += [_fitted(to_picture(batch[name][row])) for name in views]
-        rows.append(pictures)
-    titles = list(enumerate(["stored", *views]))
+        rows.append(pictures + _captions_of(source, index, pictures[0].height))
+    titles = list(enumerate(["stored", *views, *(["captions"] if captioned(source) else [])]))
     out.parent.mkdir(parents=True, exist_ok=True)
     picture: Image.Image = grid(rows, titles, gap_before=1)
     picture.save(out)
     return out
+
+
+def _captions_of(source: Source, index: int, height: int) -> list[Any]:
+    """A picture of a sample's captions, as many as have a line; none where there are none."""
+    from vlx.evals.pictures import BLACK, text_panel
+
+    found = captioned(source)
+    if found is None:
+        return []
+    texts = found.captions(index)[: max(1, height // _LINE)]
+    return [text_panel([(text, BLACK) for text in texts], width=_PANEL, height=height)]
 
 
 def _fitted(picture: Any, side: int = 160) -> Any:

@@ -38,6 +38,9 @@ class DataConfig:
     """Column (or file extension) that holds the label."""
     caption_column: str = "caption"
     """Column (or file extension) that holds the caption, or the list of them."""
+    split_column: str | None = None
+    """Column whose value decides, by a hash, whether a row is in NAME:train or NAME:test; null
+    takes the caption."""
     variant: str | None = None
     """Which data set of a family of them: the class name for torchvision's data sets."""
     download: bool = False

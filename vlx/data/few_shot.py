@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from vlx.core import random
 from vlx.core.errors import DataError
 from vlx.data.cache import digest
 from vlx.data.config import Classes, DataConfig
@@ -98,6 +96,10 @@ def few_shots(
 
     labels: (N,), -1 where there is none.
     """
+    import torch
+
+    from vlx.core import random  # here: the command line lists sources without torch
+
     if shots < 1:
         raise DataError(f"data.shots={shots} must be at least 1")
     keys = random.key(torch.arange(len(labels)), seed, "shots")

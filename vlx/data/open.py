@@ -9,12 +9,19 @@ from pathlib import Path
 from vlx.core.errors import DataError, nearest
 from vlx.data.config import DataConfig
 from vlx.data.few_shot import select
-from vlx.data.source import Source
+from vlx.data.held_out import HeldOut, split_name, whole_splits
+from vlx.data.source import Source, SourceInfo
 
 log = logging.getLogger("vlx")
 
 # kind -> (module, class, what it reads)
 SOURCES: dict[str, tuple[str, str, str]] = {
+    "captions": (
+        "caption_table",
+        "CaptionTable",
+        "CSV or TSV of image path and caption, folders of Flickr8k and Flickr30k",
+    ),
+    "coco": ("coco_captions", "CocoCaptions", "COCO captions, and Karpathy's dataset_coco.json"),
     "digits": ("digits", "Digits", "embedded: 1797 handwritten digits, 8x8, 10 classes"),
     "folder": ("folder", "Folder", "trees of image files: PATH/SPLIT/CLASS/*.jpg or PATH/*.jpg"),
     "glyphs": ("glyphs", "Glyphs", "embedded: characters of the DejaVu faces, with their names"),
@@ -34,16 +41,32 @@ SOURCES: dict[str, tuple[str, str, str]] = {
 
 
 def open_source(cfg: DataConfig, split: str) -> Source:
-    """The source that `cfg` names, opened on one of its splits."""
+    """The source that `cfg` names, opened on one of its splits, or on `SPLIT:train`, `SPLIT:test`.
+
+    The two sides are what `held_out.HeldOut` says.
+    """
     if cfg.source not in SOURCES:
         raise DataError(f"data.source: no source '{cfg.source}'. {nearest(cfg.source, SOURCES)}")
-    if split == cfg.test_split and split != cfg.train_split and _one_file(cfg):
-        log.warning(f"{cfg.path} serves {cfg.train_split} and {split}: scores are on training data")
+    word, side = split_name(cfg, split)
     module, name, _ = SOURCES[cfg.source]
-    source = getattr(importlib.import_module(f"vlx.data.sources.{module}"), name)(cfg, split)
+    kind = getattr(importlib.import_module(f"vlx.data.sources.{module}"), name)
+    source: Source = kind(whole_splits(cfg), word)
+    if side:
+        source = HeldOut(source, side, cfg.split_column)
     if len(source) == 0:
         raise DataError(f"data: split '{split}' of {cfg.source} at {cfg.path} is empty")
+    if split == cfg.test_split and _on_training_data(cfg, source.info):
+        log.warning(f"{cfg.path} serves {cfg.train_split} and {split}: scores are on training data")
     return select(source, cfg, split)
+
+
+def _on_training_data(cfg: DataConfig, info: SourceInfo) -> bool:
+    """Whether the test split, by another word, holds samples of the training split."""
+    train, train_side = split_name(cfg, cfg.train_split)
+    test, test_side = split_name(cfg, cfg.test_split)
+    if cfg.train_split == cfg.test_split or (train_side and test_side and train_side != test_side):
+        return False
+    return train == test or (_one_file(cfg) and "splits" not in info.extra)
 
 
 def _one_file(cfg: DataConfig) -> bool:

@@ -26,6 +26,7 @@ class SourceInfo:
     mirror_safe: bool = True
     """False where left and right carry meaning (digits, text): flips then harm."""
     extra: dict[str, str] = field(default_factory=dict)
+    """What else is known; `splits` says that a single file tells its splits apart."""
 
     @property
     def num_classes(self) -> int:

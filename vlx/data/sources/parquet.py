@@ -6,29 +6,34 @@ import hashlib
 import json
 import logging
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from vlx.core.errors import DataError, nearest
+from vlx.data.captions import Text, as_texts, clean
 from vlx.data.config import DataConfig
 from vlx.data.labels import class_indices
 from vlx.data.source import Sample, SourceInfo
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow as pa
 
 log = logging.getLogger("vlx")
 _SUFFIXES = (".parquet", ".arrow")
+_ROWS = 1000  # of a column, read together
 
 
 class Parquet:
     """Parquet or Arrow files, or a folder that `datasets.save_to_disk` wrote.
 
     `path` is a file, or a folder whose files are named after their split (`train.parquet`,
-    `train-00000-of-00002.parquet`, `train/0.parquet`). A single file serves every split.
+    `train-00000-of-00002.parquet`, `train/0.parquet`). A single file serves every split. The column
+    of captions holds a text or a list of texts, and is read row by row when it is asked for.
     """
 
     def __init__(self, cfg: DataConfig, split: str) -> None:
@@ -36,7 +41,7 @@ class Parquet:
 
         datasets.disable_progress_bars()
         table, files = _open(cfg.path, split)
-        _check_columns(cfg, table, files[0])
+        captions = _check_columns(cfg, table, files[0])
         if isinstance(table.features[cfg.image_column], datasets.Image):
             table = table.cast_column(cfg.image_column, datasets.Image(decode=False))
         self._labels: np.ndarray | None = None
@@ -48,7 +53,8 @@ class Parquet:
             else:
                 names = ()
         self._table = table
-        self._image_column = cfg.image_column
+        self._images = table.select_columns([cfg.image_column])
+        self._image_column, self._caption_column = cfg.image_column, captions
         self._where = files[0] if len(files) == 1 else files[0].parent
         self.info = SourceInfo(
             name=files[0].parent.name
@@ -56,24 +62,54 @@ class Parquet:
             else f"{files[0].parent.name}/{files[0].stem}",
             split=split,
             num_samples=len(table),
-            fields=("image", "label") if self._labels is not None else ("image",),
+            fields=(
+                "image",
+                *(["label"] if self._labels is not None else []),
+                *(["caption"] if captions else []),
+            ),
             class_names=names,
             fingerprint=_fingerprint(files),
         )
+        if captions:
+            self._texts = table.select_columns([captions]).with_format("arrow")
+            _warn_of_empty(files[0], self._texts.data.column(captions))
 
     def __len__(self) -> int:
         return len(self._table)
 
     def read(self, index: int) -> Sample:
-        row = self._table[index]
-        image = row[self._image_column]
+        image = self._images[index][self._image_column]
         if isinstance(image, dict):
             data = image["bytes"]
             image = data if data is not None else Path(image["path"]).read_bytes()
         sample: Sample = {"image": image}
         if self._labels is not None:
             sample["label"] = int(self._labels[index])
+        if self._caption_column is not None:
+            sample["caption"] = self.captions(index)
         return sample
+
+    def captions(self, index: int) -> list[str]:
+        return clean(self.texts(index))
+
+    def texts(self, index: int) -> list[Text]:
+        """The captions as they are stored."""
+        if self._caption_column is None:
+            return []
+        row = cast("pa.Table", self._texts[index])
+        return as_texts(_as_bytes(row.column(0)).to_pylist()[0])
+
+    def column(self, name: str) -> Iterator[bytes | None]:
+        """The values of a column, row by row, as the bytes of their text."""
+        if name not in self._table.column_names:
+            raise DataError(
+                f"data.split_column: {self._where} has no column '{name}'. "
+                f"{nearest(name, self._table.column_names)}"
+            )
+        for part in self._table.select_columns([name]).with_format("arrow").iter(_ROWS):
+            for value in _as_bytes(cast("pa.Table", part).column(0)).to_pylist():
+                whole = value is None or isinstance(value, bytes)
+                yield value if whole else str(value).encode()
 
     def describe(self, index: int) -> str:
         return f"{self._where} row {index}"
@@ -108,19 +144,69 @@ def _open(path: str | None, split: str) -> tuple[datasets.Dataset, list[Path]]:
     return table, files
 
 
-def _check_columns(cfg: DataConfig, table: datasets.Dataset, file: Path) -> None:
+def _check_columns(cfg: DataConfig, table: datasets.Dataset, file: Path) -> str | None:
+    """The column of captions, None where there is none; warns of labels that are not there.
+
+    Raises:
+        DataError: a column that was asked for is not there, or holds something else.
+    """
     columns = table.column_names
     if cfg.image_column not in columns:
-        raise DataError(
-            f"data.image_column: {file} has no column '{cfg.image_column}'. "
-            f"{nearest(cfg.image_column, columns)}"
-        )
-    if cfg.label_column in columns:
+        raise _no_column("image", cfg.image_column, file, columns)
+    if cfg.label_column not in columns:
+        missing = _no_column("label", cfg.label_column, file, columns)
+        if cfg.label_column != DataConfig.label_column:
+            raise missing
+        hint = nearest(cfg.label_column, columns)
+        log.warning(f"{file} has no column 'label': its images have no labels. {hint}")
+    asked = cfg.caption_column != DataConfig.caption_column
+    if cfg.caption_column not in columns:
+        if asked:
+            raise _no_column("caption", cfg.caption_column, file, columns)
+        return None
+    kind = table.data.schema.field(cfg.caption_column).type
+    if _text_type(kind) is not None:
+        return cfg.caption_column
+    wrong = f"{file}: column '{cfg.caption_column}' holds {kind}, not texts or lists of texts"
+    if asked:
+        raise DataError(f"data.caption_column: {wrong}")
+    log.warning(f"{wrong}: its images have no captions")
+    return None
+
+
+def _no_column(kind: str, name: str, file: Path, columns: list[str]) -> DataError:
+    return DataError(f"data.{kind}_column: {file} has no column '{name}'. {nearest(name, columns)}")
+
+
+def _text_type(kind: pa.DataType) -> pa.DataType | None:
+    """The type of the bytes of a text or of a list of texts; None for other types."""
+    import pyarrow as pa
+
+    texts = ("string", "large_string", "binary", "large_binary")
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return pa.large_list(pa.large_binary()) if str(kind.value_type) in texts else None
+    return pa.large_binary() if str(kind) in texts else None
+
+
+def _as_bytes(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Texts as bytes: Arrow does not check that they are UTF-8, and fails when it makes a `str`."""
+    kind = _text_type(column.type)
+    return column if kind is None else column.cast(kind)
+
+
+def _warn_of_empty(file: Path, column: pa.ChunkedArray) -> None:
+    """Count the empty ones in lists of captions: their samples keep the others, and say nothing."""
+    import pyarrow as pa
+    import pyarrow.compute
+
+    pc: Any = pyarrow.compute  # its functions are made when it is imported
+    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
         return
-    hint = nearest(cfg.label_column, columns)
-    if cfg.label_column != DataConfig.label_column:
-        raise DataError(f"data.label_column: {file} has no column '{cfg.label_column}'. {hint}")
-    log.warning(f"{file} has no column 'label': its images have no labels. {hint}")
+    texts = pc.list_flatten(_as_bytes(column))
+    empty = pc.or_kleene(pc.is_null(texts), pc.equal(pc.binary_length(texts), 0))
+    rows = pc.list_parent_indices(column).filter(empty)
+    if len(rows):
+        log.warning(f"{file}: {len(rows)} empty captions left out (first: row {rows[0]})")
 
 
 def _labels(

@@ -1,7 +1,8 @@
 """WebDataset shards: tar files of samples, local or fetched once from a URL.
 
-Shards are indexed (shard, offset, size of every image), not streamed: any sample can be read at
-any time, so shuffling is global and a resumed run goes on with exactly the samples it had left.
+Shards are indexed (shard, offset, size of every image and caption), not streamed: any sample can
+be read at any time, so shuffling is global and a resumed run goes on with exactly the samples it
+had left.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlx.core.errors import DataError
+from vlx.core.errors import DataError, nearest
 from vlx.data.cache import Index, cached_index, digest, pack_names, unpack_name
+from vlx.data.captions import LeftOut, Text, as_texts, clean
 from vlx.data.config import DataConfig
 from vlx.data.fetch import fetch_shards, is_remote
 from vlx.data.labels import class_indices
@@ -29,8 +32,10 @@ from vlx.data.source import Sample, SourceInfo
 
 log = logging.getLogger("vlx")
 _IMAGES = ("jpg", "jpeg", "png", "webp")
-_VERSION = "1"
+_VERSION = "2"
 _BLOCK = 512  # of a tar
+_NOWHERE = (0, -1)  # the place of a member that is not there
+_MAX_SEEN = 1000  # names kept to suggest one
 _SMALL = 64  # bytes: a label may have any suffix
 
 
@@ -39,13 +44,25 @@ class WebDataset:
 
     Patterns are separated by `::`; braces expand (`{000..127}`, `{a,b}`), `{split}` becomes the
     split's name, local ones may hold `*`. A sample is the members of one key:
-    .jpg .jpeg .png .webp, and .cls or .json {"label": ...}. Of a truncated shard the whole samples
-    are used; the cut stands in the index as one sample that cannot be read, so that it is counted.
+    .jpg .jpeg .png .webp, .cls or .json {"label": ...}, and a caption: .txt, or else .json
+    {"caption": a text or a list of them}. `data.caption_column` names another member or key. Of a
+    truncated shard the whole samples are used; the cut stands in the index as one sample that
+    cannot be read, so that it is counted.
     """
 
     def __init__(self, cfg: DataConfig, split: str) -> None:
         self._shards = find_shards(cfg.path, split)
         self._index = _index(self._shards, cfg)
+        if self._index.meta["left_out"]:
+            log.warning(f"{self._shards[0].parent}: {self._index.meta['left_out']}")
+        self._caption_column = cfg.caption_column
+        self._has_captions = bool((self._index.arrays["caption_sizes"] >= 0).any())
+        if not self._has_captions and cfg.caption_column != DataConfig.caption_column:
+            seen = self._index.meta["seen"]
+            raise DataError(
+                f"data.caption_column: {self._shards[0]} has no member or key "
+                f"'{cfg.caption_column}'. {nearest(cfg.caption_column, seen)}"
+            )
         codes, values = self._index.arrays["labels"], self._index.meta["values"]
         self._labels: np.ndarray | None = None
         names: tuple[str, ...] = ()
@@ -59,7 +76,11 @@ class WebDataset:
             name=f"{self._shards[0].parent.name}/{self._shards[0].stem}",
             split=split,
             num_samples=len(codes),
-            fields=("image", "label") if values else ("image",),
+            fields=(
+                "image",
+                *(["label"] if values else []),
+                *(["caption"] if self._has_captions else []),
+            ),
             class_names=names,
             fingerprint=self._index.meta["digest"],
             extra={"shards": str(len(self._shards))},
@@ -70,17 +91,40 @@ class WebDataset:
 
     def read(self, index: int) -> Sample:
         arrays = self._index.arrays
-        size = int(arrays["sizes"][index])
-        if size < 0:
+        if arrays["sizes"][index] < 0:
             raise ValueError(self._index.meta["damage"][str(index)])
-        with self._shards[int(arrays["shards"][index])].open("rb") as stream:
-            stream.seek(int(arrays["offsets"][index]))
-            sample: Sample = {"image": stream.read(size)}
+        sample: Sample = {"image": self._bytes(index, arrays["offsets"], arrays["sizes"])}
         if self._labels is not None:
             sample["label"] = int(self._labels[index])
             if sample["label"] < 0:
                 raise ValueError("no label, where other samples have one")
+        if self._has_captions:
+            sample["caption"] = self.captions(index)
         return sample
+
+    def captions(self, index: int) -> list[str]:
+        arrays = self._index.arrays
+        if arrays["sizes"][index] < 0:
+            raise ValueError(self._index.meta["damage"][str(index)])
+        if arrays["caption_sizes"][index] < 0:
+            raise ValueError("no caption, where other samples have one")
+        return clean(self.texts(index))
+
+    def texts(self, index: int) -> list[Text]:
+        """The captions as they are stored."""
+        arrays = self._index.arrays
+        if arrays["caption_sizes"][index] < 0:
+            return []
+        data = self._bytes(index, arrays["caption_offsets"], arrays["caption_sizes"])
+        if not arrays["caption_in_json"][index]:
+            return [data]
+        return as_texts(_json(data).get(self._caption_column))
+
+    def _bytes(self, index: int, offsets: np.ndarray, sizes: np.ndarray) -> bytes:
+        """A member of a sample."""
+        with self._shards[int(self._index.arrays["shards"][index])].open("rb") as stream:
+            stream.seek(int(offsets[index]))
+            return stream.read(int(sizes[index]))
 
     def describe(self, index: int) -> str:
         shard = self._shards[int(self._index.arrays["shards"][index])]
@@ -142,26 +186,42 @@ def _local(patterns: list[str]) -> list[Path]:
 
 
 @dataclass
+class _Group:
+    """Members of one key that have been read. A place is an offset in the shard and a size."""
+
+    key: str = ""
+    image: tuple[int, int] | None = None
+    label: str | None = None
+    caption: tuple[int, int] | None = None
+    caption_in_json: bool = False
+
+
+@dataclass
 class _Building:
     """An index while its shards are read."""
 
     names: list[bytes] = field(default_factory=list)
     shards: list[int] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
+    images: list[tuple[int, int]] = field(default_factory=list)
     labels: list[str | None] = field(default_factory=list)
+    captions: list[tuple[int, int]] = field(default_factory=list)
+    captions_in_json: list[bool] = field(default_factory=list)
     damage: dict[str, str] = field(default_factory=dict)
+    left_out: LeftOut = field(default_factory=LeftOut)
+    seen: set[str] = field(default_factory=set)
+    """Suffixes of members and keys of JSON: what a caption column may be meant to be."""
 
-    def add(self, shard: int, name: str, place: tuple[int, int], label: str | None) -> None:
-        self.names.append(os.fsencode(name))
+    def add(self, shard: int, group: _Group) -> None:
+        self.names.append(os.fsencode(group.key))
         self.shards.append(shard)
-        self.offsets.append(place[0])
-        self.sizes.append(place[1])
-        self.labels.append(label)
+        self.images.append(group.image or _NOWHERE)
+        self.labels.append(group.label)
+        self.captions.append(group.caption or _NOWHERE)
+        self.captions_in_json.append(group.caption_in_json)
 
     def add_damage(self, shard: int, name: str, reason: str) -> None:
         self.damage[str(len(self.names))] = reason
-        self.add(shard, name, (0, -1), None)
+        self.add(shard, _Group(name))
 
     def finish(self, content: str) -> Index:
         known = np.array([label is not None for label in self.labels], dtype=bool)
@@ -173,10 +233,13 @@ class _Building:
         codes[known] = inverse
         arrays = pack_names(self.names)
         arrays["shards"] = np.array(self.shards, dtype=np.int32)
-        arrays["offsets"] = np.array(self.offsets, dtype=np.int64)
-        arrays["sizes"] = np.array(self.sizes, dtype=np.int64)
+        for prefix, places in (("", self.images), ("caption_", self.captions)):
+            pairs = np.array(places, dtype=np.int64).reshape(-1, 2)
+            arrays[f"{prefix}offsets"], arrays[f"{prefix}sizes"] = pairs.T.copy()
+        arrays["caption_in_json"] = np.array(self.captions_in_json, dtype=bool)
         arrays["labels"] = codes
         meta = {"values": values.tolist(), "damage": self.damage, "digest": content}
+        meta |= {"left_out": str(self.left_out), "seen": sorted(self.seen)}
         return Index(arrays, meta)
 
 
@@ -186,7 +249,7 @@ def _index(shards: list[Path], cfg: DataConfig) -> Index:
     content = hashlib.sha256()
     for shard, state in zip(shards, states):
         content.update(f"{shard.name}:{state.st_size}".encode())
-    columns = (cfg.image_column, cfg.label_column)
+    columns = _Columns(cfg.image_column, cfg.label_column, cfg.caption_column)
 
     def build() -> Index:
         building = _Building()
@@ -198,21 +261,18 @@ def _index(shards: list[Path], cfg: DataConfig) -> Index:
     return cached_index("shards", name, build, lambda index: True)
 
 
-@dataclass
-class _Group:
-    """Members of one key that have been read."""
-
-    key: str = ""
-    image: tuple[int, int] | None = None
-    label: str | None = None
+class _Columns(NamedTuple):
+    image: str
+    label: str
+    caption: str
 
 
-def _scan(building: _Building, number: int, shard: Path, columns: tuple[str, str]) -> None:
+def _scan(building: _Building, number: int, shard: Path, columns: _Columns) -> None:
     group = _Group()
 
     def finish() -> None:
         if group.image is not None:
-            building.add(number, group.key, group.image, group.label)
+            building.add(number, group)
         elif group.key:
             building.add_damage(number, group.key, f"no member {' '.join(_IMAGES)}")
 
@@ -222,12 +282,14 @@ def _scan(building: _Building, number: int, shard: Path, columns: tuple[str, str
             if key != group.key:
                 finish()
                 group = _Group(key)
-            _take(group, suffix, member, data, columns)
+            _take(building, group, suffix, member, data, columns)
     except CutOff as error:
         # The damage stands for the sample that it hit: the one being read, unless that is whole.
         cut = _key(error.member)[0] if error.member else f"after {group.key or 'its start'}"
         labelled = any(label is not None for label in building.labels)
-        if group.image and (group.label or not labelled) and cut != group.key:
+        captioned = any(place is not _NOWHERE for place in building.captions)
+        whole = (group.label or not labelled) and (group.caption or not captioned)
+        if group.image and whole and cut != group.key:
             finish()
         elif group.key:
             cut = group.key
@@ -244,20 +306,40 @@ def _key(member: str) -> tuple[str, str]:
 
 
 def _take(
-    group: _Group, suffix: str, member: tarfile.TarInfo, data: bytes, columns: tuple[str, str]
+    building: _Building,
+    group: _Group,
+    suffix: str,
+    member: tarfile.TarInfo,
+    data: bytes,
+    columns: _Columns,
 ) -> None:
-    image_column, label_column = columns
-    if suffix == image_column or (image_column == "image" and suffix in _IMAGES):
-        group.image = (member.offset_data, member.size)
-    elif suffix == "cls" or suffix == label_column:
+    place, seen = (member.offset_data, member.size), building.seen
+    if len(seen) < _MAX_SEEN:
+        seen.add(suffix)
+    if suffix == columns.image or (columns.image == "image" and suffix in _IMAGES):
+        group.image = place
+    elif suffix == "cls" or suffix == columns.label:
         group.label = data.decode("utf-8", "replace").strip()
-    elif suffix == "json" and group.label is None:
-        try:
-            content = json.loads(data)
-        except ValueError:
-            return  # the sample then has no label, and is named for that
-        if isinstance(content, dict) and label_column in content:
-            group.label = str(content[label_column])
+    elif suffix == columns.caption or (columns.caption == "caption" and suffix == "txt"):
+        group.caption, group.caption_in_json = place, False
+    elif suffix == "json":
+        content = _json(data)
+        if len(seen) < _MAX_SEEN:
+            seen.update(content)
+        if group.label is None and columns.label in content:
+            group.label = str(content[columns.label])
+        if group.caption is None and columns.caption in content:
+            group.caption, group.caption_in_json = place, True
+            building.left_out.add(group.key, as_texts(content[columns.caption]))
+
+
+def _json(data: bytes) -> dict[str, Any]:
+    """The content of a .json member; empty where it is none, so that what it lacks is named."""
+    try:
+        content = json.loads(data.decode("utf-8-sig", "surrogateescape"))
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 class CutOff(Exception):  # noqa: N818 - the sample it stands for is the error
