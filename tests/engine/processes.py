@@ -23,6 +23,7 @@ import pytest
 
 from vlx.commands.start import prepare
 from vlx.config.compose import compose
+from vlx.core import registry
 from vlx.core.errors import EXIT_OK, VlxError
 
 PRELOAD = [
@@ -57,10 +58,13 @@ class Kill:
     """The signal; other than SIGKILL the process may answer it."""
 
 
-def make_run(folder: Path, name: str, *overrides: str, preset: str = "smoke") -> Path:
-    """A prepared run of MAE on the digits; nothing is executed."""
+def make_run(
+    folder: Path, name: str, *overrides: str, preset: str = "smoke", slug: str = "mae"
+) -> Path:
+    """A prepared run, of MAE on the digits unless told otherwise; nothing is executed."""
     words = ["track=none", f"runs_dir={folder}", f"name={name}", "train.threads=1", *overrides]
-    return prepare(compose("mae", "pretrain-mim", preset, words), words)
+    command = registry.find(slug).paper.commands[0]
+    return prepare(compose(slug, command, preset, words), words)
 
 
 def start(

@@ -1,0 +1,64 @@
+"""Losses that compare pairs, over processes, cached micro-batches, and a resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.engine.compare import assert_close, assert_same_bits
+from tests.engine.inprocess import run_here, stop_after
+from tests.engine.processes import execute_world, make_run, relaunch
+from vlx.core.errors import EXIT_INTERRUPTED
+
+OVERRIDES = (
+    "train.steps=6", "train.batch_size=32", "data.workers=0", "eval.at_end=[]",
+    'data.variant="faces=DejaVuSans"', "train.checkpoint_every=2",
+)  # fmt: skip
+# As in test_parallel: sums in another order.
+LOSSES, STATE = 2e-5, 1e-3
+
+
+def made(folder: Path, slug: str, *, world: int = 1, accumulate: int = 1) -> Path:
+    name = f"{slug}-{world}-{accumulate}"
+    words = [f"train.accumulate={accumulate}", "launcher=torchrun"]
+    run = make_run(folder, name, *OVERRIDES, *words, slug=slug)
+    relaunch(run, launcher__processes=world)
+    execute_world(run, world)
+    return run
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made(tmp_path_factory.mktemp("one"), "clip")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "accumulate"), [(2, 1), (1, 2), (2, 2)])
+def test_clips_split_batch_trains_like_the_whole_one(
+    tmp_path: Path, one: Path, world: int, accumulate: int
+) -> None:
+    assert_close(
+        made(tmp_path, "clip", world=world, accumulate=accumulate), one, losses=LOSSES, state=STATE
+    )
+
+
+@pytest.mark.slow
+def test_lightclips_two_processes_train_like_one(tmp_path: Path) -> None:
+    runs = [made(tmp_path, "lightclip", world=world) for world in (2, 1)]
+    assert_close(*runs, losses=LOSSES, state=STATE)
+
+
+@pytest.mark.parametrize("slug", ["clip", "albef"])
+def test_a_resumed_run_is_the_same_run(
+    tmp_path: Path, slug: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ALBEF: queue and momentum weights are in the checkpoint; the tokenizer is the run's own."""
+    whole, cut = (make_run(tmp_path, name, *OVERRIDES, slug=slug) for name in ("whole", "cut"))
+    assert run_here(whole)[0] == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        assert run_here(cut)[0] == EXIT_INTERRUPTED
+    assert run_here(cut)[0] == 0
+    assert_same_bits(cut, whole)
+    assert (cut / "tokenizer.json").read_bytes() == (whole / "tokenizer.json").read_bytes()
