@@ -141,8 +141,6 @@ def test_a_caption_column_is_asked_for_or_absent(tmp_path: Path) -> None:
     assert source.info.fields == ("image",)
     assert captioned(source) is None
     assert captioned(Subset(source, np.arange(1))) is None
-    with pytest.raises(ValueError, match="no caption"):
-        Subset(source, np.arange(1)).captions(0)
 
 
 def test_a_default_column_that_holds_no_text_is_warned_of(

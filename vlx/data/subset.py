@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from vlx.data.captions import HasTexts, Text, captioned
+from vlx.data.captions import HasTexts, Text
 from vlx.data.source import Sample, Source, SourceInfo
 
 
@@ -20,11 +20,20 @@ class Subset:
     def info(self) -> SourceInfo:
         return replace(self._source.info, num_samples=len(self))
 
+    @property
+    def indices(self) -> np.ndarray:
+        """(K,) int64: where each sample is in the whole source."""
+        return self._indices
+
     def __len__(self) -> int:
         return len(self._indices)
 
     def read(self, index: int) -> Sample:
         return self._source.read(int(self._indices[index]))
+
+    def captions(self, index: int) -> list[str]:
+        """As `Captioned`; only where the source is."""
+        return self._source.captions(int(self._indices[index]))  # type: ignore[attr-defined]
 
     def describe(self, index: int) -> str:
         return self._source.describe(int(self._indices[index]))
@@ -32,12 +41,6 @@ class Subset:
     def labels(self) -> np.ndarray | None:
         labels = self._source.labels()
         return None if labels is None else labels[self._indices]
-
-    def captions(self, index: int) -> list[str]:
-        source = captioned(self._source)
-        if source is None:
-            raise ValueError("no caption")
-        return source.captions(int(self._indices[index]))
 
     def texts(self, index: int) -> list[Text]:
         """The captions as they are stored, where the source can show them."""
