@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from tests.data.make import HTML, image_tree
+from tests.data.make import HTML, encode, image_tree, picture
 from vlx.commands.data import data_config, list_sources, preview, show
 from vlx.core.errors import ConfigError, DataError
 from vlx.data.config import DataConfig
@@ -86,3 +86,46 @@ def test_preview_draws_what_the_method_will_see(tmp_path: Path) -> None:
     first = int(permute(np.arange(1), len(source), 0, 0)[0])
     enlarged = np.asarray(source.read(first)["image"]).repeat(12, 0).repeat(12, 1)
     np.testing.assert_array_equal(pixels[22 : 22 + 96, 6 : 6 + 96], enlarged)
+
+
+def captioned_table(folder: Path) -> Path:
+    """A table of four images, one without a usable caption."""
+    folder.mkdir()
+    rows = ["image,caption"]
+    for number, text in enumerate(("a small cat", "a dog", "  ", "a small cat")):
+        (folder / f"{number}.png").write_bytes(encode(picture(number, 32)))
+        rows.append(f"{number}.png,{text}")
+    (folder / "captions.csv").write_text("\n".join([*rows, "1.png,[brown] :train: again"]))
+    return folder / "captions.csv"
+
+
+def test_show_counts_captions_and_shows_some(tmp_path: Path) -> None:
+    file = captioned_table(tmp_path / "set")
+    console = Console(file=io.StringIO(), width=200, emoji=False)
+    show("captions", [f"data.path={file}", "data.train_split=all"], 10, console)
+    text = printed(console)
+    line = "4 for 4 samples, 1 to 2 a sample (mean 1.33), longest 3 words, duplicates 1, samples"
+    assert f"captions of all: {line} without a usable one 1" in text
+    assert f"  {tmp_path}/set/0.png: a small cat" in text
+    assert f"unusable caption: {tmp_path}/set/2.png: empty caption" in text
+    assert f"unreadable: {tmp_path}/set/2.png: empty caption" in text
+
+
+def test_show_prints_captions_and_splits_as_they_are(tmp_path: Path) -> None:
+    from vlx import cli
+
+    with cli.console.capture() as printed_text:
+        cli.console.print("captions of google:train: 8")  # rich knows :train: as an emoji
+    assert printed_text.get() == "captions of google:train: 8\n"
+
+
+def test_preview_draws_captions_beside_the_views(tmp_path: Path) -> None:
+    file = captioned_table(tmp_path / "set")
+    out = tmp_path / "preview.png"
+    data = ["data=captions", f"data.path={file}", "data.corrupt_limit=0.5", "track=none"]
+    preview("mae", "smoke", [*data, "encoder.image_size=32", "encoder.patch_size=4"], out, 2)
+    with Image.open(out) as drawn:
+        pixels = np.asarray(drawn.convert("L"))
+    panel = pixels[22:, -240:]
+    assert (panel < 100).any()  # letters
+    assert drawn.width > 2 * 96 + 240

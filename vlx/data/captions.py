@@ -118,7 +118,7 @@ class CaptionStats:
             mean = self.captions / (self.samples - len(self.unusable))
             spread = f"{self.fewest} to {self.most} a sample (mean {mean:.2f})"
             parts += [
-                "1 a sample" if self.most == 1 else spread,
+                f"{self.most} a sample" if self.fewest == self.most else spread,
                 f"longest {self.longest} words",
                 f"duplicates {self.duplicates}",
             ]

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from vlx.data.captions import HasTexts, Text, captioned
+from vlx.data.captions import HasTexts, Text
 from vlx.data.source import Sample, Source, SourceInfo
 
 
@@ -31,18 +31,16 @@ class Subset:
     def read(self, index: int) -> Sample:
         return self._source.read(int(self._indices[index]))
 
+    def captions(self, index: int) -> list[str]:
+        """As `Captioned`; only where the source is."""
+        return self._source.captions(int(self._indices[index]))  # type: ignore[attr-defined]
+
     def describe(self, index: int) -> str:
         return self._source.describe(int(self._indices[index]))
 
     def labels(self) -> np.ndarray | None:
         labels = self._source.labels()
         return None if labels is None else labels[self._indices]
-
-    def captions(self, index: int) -> list[str]:
-        source = captioned(self._source)
-        if source is None:
-            raise ValueError("no caption")
-        return source.captions(int(self._indices[index]))
 
     def texts(self, index: int) -> list[Text]:
         """The captions as they are stored, where the source can show them."""
