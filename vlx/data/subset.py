@@ -32,6 +32,9 @@ class Subset:
         labels = self._source.labels()
         return None if labels is None else labels[self._indices]
 
+    def captions(self, index: int) -> list[str]:
+        return self._source.captions(int(self._indices[index]))  # type: ignore[attr-defined]
+
 
 def evenly(source: Source, count: int) -> Subset:
     """At most `count` samples, spread evenly over a source's order."""

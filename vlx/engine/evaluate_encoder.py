@@ -92,7 +92,7 @@ def _evaluate(run_dir: Path, cfg: RunConfig, parallel: Parallel, record: rundir.
     for name in cfg.eval.at_end:
         if evaluator(name).needs_labels and not info.num_classes:
             raise DataError(f"{info.name} has no labels, which {name} needs")
-    subject, module = build_subject(cfg, info.num_classes)
+    subject, module = build_subject(cfg, info.num_classes, info.class_names)
     module.to(parallel.device).eval()
     outcome = run_evaluators(
         cfg.eval.at_end,
@@ -144,11 +144,15 @@ def _results(run_dir: Path, cfg: RunConfig, record: rundir.RunRecord, outcome: O
 
 
 def build_subject(
-    cfg: RunConfig, num_classes: int, *, load_weights: bool = True
+    cfg: RunConfig,
+    num_classes: int,
+    class_names: tuple[str, ...] = (),
+    *,
+    load_weights: bool = True,
 ) -> tuple[Subject, nn.Module]:
     """What `encoder.checkpoint` holds, for the evaluators of `eval.at_end`.
 
-    num_classes: of the data, for a run's classifier.
+    num_classes, class_names: of the data, for a run's classifier.
 
     A plain encoder where its features are enough. An evaluator that needs more of a method (a
     decoder that repaints) takes the whole method of a run directory.
@@ -169,7 +173,7 @@ def build_subject(
     trained = run_config(read_config(run))
     trained.encoder = replace(cfg.encoder, checkpoint=None)
     tokenizer = run_tokenizer(trained.text, run)
-    builder = builder_of(trained, num_classes, tokenizer, load_weights=False)
+    builder = builder_of(trained, num_classes, tokenizer, class_names, load_weights=False)
     method = registry.load(trained.slug)(trained.method, builder)
     if load_weights:
         try:
