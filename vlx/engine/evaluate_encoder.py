@@ -104,7 +104,7 @@ def _evaluate(run_dir: Path, cfg: RunConfig, parallel: Parallel, record: rundir.
     checksum = weights_checksum(module.state_dict())
     module.to(parallel.device).eval()
     if cfg.eval.cache_features:
-        identity = _identity(cfg, module, checksum, record, parallel)
+        identity = _identity(cfg, module, checksum, info.class_names, record, parallel)
         subject.cache = FeatureCache(identity, rank=parallel.rank, world=parallel.world)
     outcome = run_evaluators(
         cfg.eval.at_end,
@@ -125,7 +125,12 @@ def _evaluate(run_dir: Path, cfg: RunConfig, parallel: Parallel, record: rundir.
 
 
 def _identity(
-    cfg: RunConfig, module: nn.Module, checksum: str, record: rundir.RunRecord, parallel: Parallel
+    cfg: RunConfig,
+    module: nn.Module,
+    checksum: str,
+    class_names: tuple[str, ...],
+    record: rundir.RunRecord,
+    parallel: Parallel,
 ) -> str:
     """Digest of all that features come from besides the data: the weights, what the configurations
     say of the model, the kind of device, and the code, which nobody gives a new version for every
@@ -136,6 +141,7 @@ def _identity(
         "encoder": asdict(cfg.encoder) | {"checkpoint": None},
         "run": read_config(run) if is_run else None,
         "device": parallel.device.type,
+        "classes": class_names,
         "versions": record.versions,
     }
     package = Path(inspect.getfile(registry)).parent.parent

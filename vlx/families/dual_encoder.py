@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from vlx.blocks.vit_block import BlockHook
 from vlx.core.capability import DualEncoder
 from vlx.core.fields import TEXT, TEXT_LENGTH, ViewSpec
 from vlx.core.method import Builder
@@ -69,11 +70,20 @@ class Towers(PairTowers):
         self.projection = nn.Linear(self.text.pooled_dim, embed_dim, bias=False)
         nn.init.normal_(self.projection.weight, std=self.text.pooled_dim**-0.5)
 
-    def embed_images(self, images: Tensor) -> Tensor:
-        return normalize(self.image.classify(self.image(images)), dim=-1)
+    def embed_images(self, images: Tensor, *, hook: BlockHook | None = None) -> Tensor:
+        return normalize(self.image.classify(self.image(images, hook=hook)), dim=-1)
 
-    def embed_text(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        return normalize(self.projection(self.text(ids, lengths).pooled), dim=-1)
+    def embed_text(
+        self,
+        ids: Tensor,
+        lengths: Tensor,
+        *,
+        embeddings: Tensor | None = None,
+        hook: BlockHook | None = None,
+    ) -> Tensor:
+        """embeddings, hook: as `TextEncoder.forward` takes them."""
+        out = self.text(ids, lengths, embeddings=embeddings, hook=hook)
+        return normalize(self.projection(out.pooled), dim=-1)
 
 
 class JointSpace(DualEncoder):

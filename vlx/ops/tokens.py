@@ -10,6 +10,12 @@ def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
     return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
+def put_tokens(tokens: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """`tokens (B, N, D)` with its rows at `index (B, K)` exchanged for `values (B, K, D)`."""
+    places = index.unsqueeze(-1).expand_as(values)
+    return tokens.scatter(1, places, values.to(tokens.dtype))
+
+
 def map_to_tokens(x: Tensor) -> Tensor:
     """A map (B, C, h, w) as tokens (B, h*w, C), row-major."""
     return x.flatten(2).transpose(1, 2)
