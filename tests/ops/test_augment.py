@@ -17,6 +17,7 @@ from vlx.ops.augment import (
     CenterCrop,
     ColorJitter,
     GaussianBlur,
+    Grayscale,
     HorizontalFlip,
     RandomCrop,
     RandomErasing,
@@ -30,6 +31,7 @@ OPS = [
     CenterCrop(),
     ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
     GaussianBlur(),
+    Grayscale(p=0.5),
 ]
 BATCH = 6
 
@@ -237,6 +239,14 @@ def test_jitter_keeps_what_its_probability_leaves() -> None:
     u = torch.tensor([[0.9] * 4 + [0.79], [0.9] * 4 + [0.8]])
     out = ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8)(x, sizes_of(x), u, 32)
     assert not torch.equal(out[0], x[0])
+    assert torch.equal(out[1], x[1])
+
+
+def test_grey_equals_torchvision_where_it_is_drawn() -> None:
+    x = images(2)
+    out = Grayscale(p=0.1)(x, sizes_of(x), torch.tensor([[0.09], [0.1]]), 32)
+    grey = F.rgb_to_grayscale(x[:1], num_output_channels=3)
+    torch.testing.assert_close(out[:1], grey, rtol=0, atol=2e-4)
     assert torch.equal(out[1], x[1])
 
 

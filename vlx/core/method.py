@@ -117,13 +117,15 @@ class Builder(Protocol):
         num_classes: int = 0,
         head_bias: bool = True,
         arguments: Mapping[str, Any] | None = None,
+        frozen: bool | None = None,
         **architecture: Any,
     ) -> Any:
         """A `VisionEncoder`; keywords fix what the paper fixes (position embedding, ...).
 
         num_classes: with a head for so many classes; 0 for none. head_bias: False for a projection,
         where the model is a plain ViT. arguments: for the model's own constructor, where it is
-        not a plain ViT.
+        not a plain ViT. frozen: the method never trains it and loads no weights itself, so that
+        random ones are worth a warning; None: so is every role but "encoder".
 
         init: the paper's initialisation, applied to the encoder before any checkpoint is loaded.
         """

@@ -101,13 +101,16 @@ class EncoderBuilder:
         num_classes: int = 0,
         head_bias: bool = True,
         arguments: Mapping[str, Any] | None = None,
+        frozen: bool | None = None,
         **architecture: Any,
     ) -> VisionEncoder:
         """The encoder of a role; keywords (`pos_embed="sincos"`) fix what the paper fixes.
 
         num_classes: with a head for so many classes, for `classify`; 0 for none. head_bias: False
         for a projection, where the model is a plain ViT. arguments: for the model's own
-        constructor, where it is not a plain ViT.
+        constructor, where it is not a plain ViT. frozen: the method never trains it and loads no
+        weights itself, so that random ones are worth a warning; None: so is every role but
+        "encoder".
 
         init: the paper's initialisation, applied before any published or saved weights are loaded.
         """
@@ -126,7 +129,8 @@ class EncoderBuilder:
             encoder.drop_head_bias()
         if init is not None:
             init(encoder)
-        if self.load_weights and role != "encoder" and not (cfg.pretrained or cfg.checkpoint):
+        untrained = role != "encoder" if frozen is None else frozen
+        if self.load_weights and untrained and not (cfg.pretrained or cfg.checkpoint):
             log.warning(
                 f"the {role} has random weights and teaches nothing: set {role}.checkpoint=RUN, or "
                 f"{role}.pretrained=true for timm's published weights"

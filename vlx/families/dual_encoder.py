@@ -61,11 +61,16 @@ class Towers(PairTowers):
 
     A ViT is read at its class token; other models of timm by their own pooling (CLIP's ResNets:
     attention) and head.
+
+    role: which of the run's encoders the image tower is. Weights of both towers together come from
+    `load_clip`, so that the builder warns of no random ones.
     """
 
-    def __init__(self, build: Builder, embed_dim: int) -> None:
+    def __init__(self, build: Builder, embed_dim: int, role: str = "encoder") -> None:
         super().__init__(build)
-        self.image = build.vision(init=clip_vision_init, num_classes=embed_dim, head_bias=False)
+        self.image = build.vision(
+            role, init=clip_vision_init, num_classes=embed_dim, head_bias=False, frozen=False
+        )
         self.text = build.text()
         self.projection = nn.Linear(self.text.pooled_dim, embed_dim, bias=False)
         nn.init.normal_(self.projection.weight, std=self.text.pooled_dim**-0.5)

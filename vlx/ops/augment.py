@@ -142,6 +142,17 @@ class ColorJitter:
 
 
 @dataclass(frozen=True)
+class Grayscale:
+    """Luma in all three channels, with probability `p` per sample."""
+
+    p: float = 0.1
+    draws: int = 1
+
+    def __call__(self, images: Tensor, sizes: Tensor, u: Tensor, size: int) -> Tensor:
+        return torch.where((u[:, 0] < self.p)[:, None, None, None], _grey(images), images)
+
+
+@dataclass(frozen=True)
 class GaussianBlur:
     """Blur with a radius (standard deviation) in pixels drawn from `sigma`, probability `p`."""
 
