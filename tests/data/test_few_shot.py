@@ -12,6 +12,7 @@ from vlx.core.errors import DataError
 from vlx.data.config import Classes, DataConfig
 from vlx.data.few_shot import Selected, halves
 from vlx.data.open import open_source
+from vlx.data.source import Captioned
 
 
 def opened(split: str = "train", **keys) -> Selected:
@@ -93,3 +94,11 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty.json").write_text("{}")
     with pytest.raises(DataError, match="is not a split of vlx"):
         opened(split_file=str(tmp_path / "empty.json"))
+
+
+def test_a_part_of_a_captioned_source_has_its_samples_captions() -> None:
+    cfg = DataConfig(source="glyphs", shots=2, classes=Classes.new, split_seed=0)
+    part = open_source(cfg, "train")
+    assert isinstance(part, Captioned)
+    for index in (0, len(part) - 1):
+        assert part.captions(index) == part.read(index)["caption"]

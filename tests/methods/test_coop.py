@@ -311,3 +311,31 @@ def test_the_smoke_preset_takes_base_classes_and_sixteen_shots() -> None:
     assert (cfg.data.shots, cfg.data.classes.name) == (16, "base")
     assert cfg.eval.at_end == ["base-to-new", "classification"]
     assert build("coop").frozen_base
+
+
+@pytest.mark.slow
+def test_a_run_trains_on_few_shots_and_is_evaluated_under_its_datas_class_names(
+    tmp_path: Path,
+) -> None:
+    from dataclasses import replace
+
+    from tests.engine.inprocess import run_here
+    from vlx.commands.start import prepare
+    from vlx.config.compose import compose
+    from vlx.core.results import read_results
+    from vlx.engine.evaluate_encoder import build_subject
+
+    words = ["track=none", f"runs_dir={tmp_path}", "name=run", "train.threads=1"]
+    words += ["eval.at_end=[base-to-new]", "eval.compare_untrained=false", "train.steps=2"]
+    directory = prepare(compose("coop", "finetune", "smoke", words), words)
+    code, printed = run_here(directory)
+    assert code == 0
+    assert "inserted context" in printed
+    assert read_results(directory).value("base-to-new/harmonic-mean") is not None
+    cfg = config("coop")
+    cfg.encoder = replace(cfg.encoder, checkpoint=str(directory))
+    names = ("arrow", "star")
+    _, method = build_subject(cfg, len(names), names)
+    assert isinstance(method, Coop)
+    assert method.class_names == names
+    assert method.class_logits(images()).shape == (3, 2)

@@ -83,7 +83,7 @@ def test_the_phrase_stays_where_no_prompt_takes_its_words() -> None:
     assert torch.equal(coupled(method).text[0], table[found.ids[0, 1:3]])
 
 
-@pytest.mark.parametrize("keys", [{"prompt_tokens": 5}, {"phrase": ""}])
+@pytest.mark.parametrize("keys", [{"prompt_tokens": 5}, {"phrase": None}])
 def test_too_few_words_leave_only_prompts_before_the_name(keys: dict) -> None:
     method = maple(**keys)
     count = method.cfg.prompt_tokens

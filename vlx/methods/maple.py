@@ -53,9 +53,9 @@ class MapleConfig(ClipTuningConfig):
     """n: prompts of each layer and tower. Official config: 2."""
     prompt_depth: int = 9
     """J: layers with prompts of their own, the first one included. Official config: 9."""
-    phrase: str = "a photo of a"
+    phrase: str | None = "a photo of a"
     """What stands before the class name; its first n tokens are where the first prompts start from
-    and stand. Empty, or shorter than n: n prompts of N(0, 0.02^2) and nothing else."""
+    and stand. null, or shorter than n: n prompts of N(0, 0.02^2) and nothing else."""
     variant: Variant = Variant.coupled
     """coupled: MaPLe; the ablations: independent (prompts in both towers without maps), language or
     vision (in one tower)."""
@@ -109,7 +109,7 @@ class Maple(ClipTuning):
                 f"method.prompt_depth={depth}: the shallower tower has {shallower} layers"
             )
         count = 0 if cfg.variant is Variant.vision else cfg.prompt_tokens
-        phrase = self.word_ids(cfg.phrase, build) if cfg.phrase else []
+        phrase = [] if cfg.phrase is None else self.word_ids(cfg.phrase, build)
         start = torch.empty(depth, count, text.spec.dim)
         nn.init.normal_(start, std=PROMPT_STD)
         if count <= len(phrase):
