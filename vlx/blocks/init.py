@@ -41,11 +41,11 @@ def trunc_normal_init(module: nn.Module) -> None:
             nn.init.zeros_(part.bias)
 
 
-def normal_init(module: nn.Module) -> None:
+def normal_init(module: nn.Module, std: float = 0.02) -> None:
     """BERT's scheme: Linear and Embedding normal 0.02, zero bias, LayerNorm 1 and 0; in place."""
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Embedding):
-            nn.init.normal_(part.weight, std=0.02)
+            nn.init.normal_(part.weight, std=std)
             if isinstance(part, nn.Linear) and part.bias is not None:
                 nn.init.zeros_(part.bias)
         elif isinstance(part, nn.LayerNorm) and part.elementwise_affine:

@@ -14,9 +14,9 @@ Departures: the teacher moves after an update and not before the next forward, t
 steps that are left out; negatives are drawn by Gumbel noise on the logits, the same distribution
 without weights that underflow; masked words are averaged over all processes; the texts of ITM are
 fused in one pass. The official schedule warms up in jumps of 100 steps and anneals once an epoch,
-here both move every step. Pixels are normalised by ImageNet's statistics, those of the DeiT that
-training starts from; the official code shows that DeiT CLIP's. A sample is an image that shows one
-of its captions an epoch; the official fine-tuning on COCO counts each caption as a sample.
+here both move every step. Pixels are normalised by ImageNet's statistics, which the DeiT that
+training starts from was trained with; the official code takes CLIP's. A sample is an image that
+shows one of its captions an epoch; the official fine-tuning counts each caption as a sample.
 VQA, NLVR2 and visual entailment, further decoders and heads, are not here.
 """
 

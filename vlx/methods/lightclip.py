@@ -176,7 +176,7 @@ class Lightclip(Trainable):
             "token": self.cfg.token_weight * token,
             "mlm": self.cfg.word_weight * self.word_loss(ids, lengths, image.layers, ctx),
         }
-        metrics = {"hard_instance": hard, "soft_ratio": torch.as_tensor(soft)}
+        metrics = {"hard_instance": hard, "soft_ratio": torch.full_like(hard, soft)}
         return StepOutput(losses, metrics)
 
     def word_loss(
