@@ -53,9 +53,9 @@ class FusionText(TextEncoder):
     """The first blocks read the text alone, the last `fusion_layers` also look at an image.
 
     cfg.name: bert, built from the sizes with 512 positions, or a local directory of a BERT, whose
-    weights the shared names take; what looks at the image is then new. New weights are N(0, 0.02) at
-    BERT's width of 768, wider apart at a smaller one (ours). vocab_size: rows of the token table of
-    a new one. image_dim: width of the image's tokens. fusion_layers: None
+    weights the shared names take; what looks at the image is then new. New weights are N(0, 0.02)
+    at BERT's width of 768, wider apart at a smaller one (ours). vocab_size: rows of the token table
+    of a new one. image_dim: width of the image's tokens. fusion_layers: blocks that look; None
     takes half of the blocks. `spec.depth` counts all blocks.
     """
 
