@@ -62,3 +62,13 @@ def test_a_resumed_run_is_the_same_run(
     assert run_here(cut)[0] == 0
     assert_same_bits(cut, whole)
     assert (cut / "tokenizer.json").read_bytes() == (whole / "tokenizer.json").read_bytes()
+
+
+def test_a_scalar_that_fsdp_cannot_shard_is_refused_by_name() -> None:
+    from tests.contract.build import build
+    from vlx.core.errors import ConfigError
+    from vlx.engine.parallel import check_shardable
+
+    check_shardable(build("mae"))
+    with pytest.raises(ConfigError, match=r"cannot shard the scalar logit_scale\.log: use .*ddp"):
+        check_shardable(build("clip"))

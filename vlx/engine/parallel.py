@@ -104,6 +104,7 @@ class Parallel:
             from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
             mesh = init_device_mesh(self.device.type, (self.world,))
+            check_shardable(method)
             if not method.shards:
                 raise ConfigError(
                     "launcher.strategy=fsdp: this method acts inside its blocks, where FSDP cannot "
@@ -202,6 +203,16 @@ class Parallel:
     def close(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def check_shardable(method: nn.Module) -> None:
+    """Raise `ConfigError` for parameters that FSDP2 cannot shard: scalars (a temperature)."""
+    scalars = [name for name, param in method.named_parameters() if param.ndim == 0]
+    if scalars:
+        raise ConfigError(
+            f"launcher.strategy=fsdp cannot shard the scalar {scalars[0]}: "
+            "use launcher.strategy=ddp"
+        )
 
 
 def set_threads(threads: int | None, local_processes: int) -> None:
