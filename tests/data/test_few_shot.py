@@ -102,3 +102,10 @@ def test_a_part_of_a_captioned_source_has_its_samples_captions() -> None:
     assert isinstance(part, Captioned)
     for index in (0, len(part) - 1):
         assert part.captions(index) == part.read(index)["caption"]
+
+
+def test_shots_are_those_of_the_runs_seed_wherever_its_configuration_is_read() -> None:
+    from vlx.engine.config import RunConfig
+
+    assert RunConfig(seed=5).data.split_seed == 5
+    assert RunConfig(seed=5, data=DataConfig(split_seed=0)).data.split_seed == 0

@@ -174,6 +174,8 @@ def evaluation_root(evaluator: str, overrides: Sequence[str]) -> Root:
     if checkpoint is not None and (run / CONFIG_FILE).is_file():
         values = read_config(run)
         defaults = {key: values[key] for key in ("encoder", "data") if key not in given}
+        if defaults.get("data", {}).get("split_seed", 0) is None:  # shots are those of the run
+            defaults["data"] = {**defaults["data"], "split_seed": values["seed"]}
         defaults["eval"] = {
             key: value for key, value in values["eval"].items() if f"eval.{key}" in _EVALUATION_KEYS
         }

@@ -45,8 +45,6 @@ class HostBatch:
     bad: list[tuple[int, str, str]]
     """(index, name, reason) of the samples that could not be read."""
     epoch: int | None = None
-    captions: list[list[str]] | None = None
-    """All captions of every sample, as the source has them; only without a tokenizer."""
     text: EncodedText | None = None
     """One caption of every sample, as ids; only with a tokenizer."""
 
@@ -98,11 +96,9 @@ class HostDataset(Dataset[HostBatch]):
                 samples.append(sample)
         labels = [sample.get("label") for sample in samples]
         batch = collate(images, labels, ids, bad, draw.epoch)
-        captions = [sample["caption"] for sample in samples if "caption" in sample]
-        if captions and self.tokenizer is None:
-            batch.captions = captions
-        elif captions and self.tokenizer is not None:
+        if samples and self.tokenizer is not None:
             assert draw.epoch is not None
+            captions = [sample["caption"] for sample in samples]
             counts = torch.tensor([len(own) for own in captions])
             drawn = drawn_captions(counts, batch.sample_id, self.seed, draw.epoch).tolist()
             batch.text = encode(self.tokenizer, [own[n] for own, n in zip(captions, drawn)])

@@ -59,7 +59,8 @@ class Residents:
             self.images[batch.sample_id] = batch.images
             if batch.labels is not None:
                 labels[batch.sample_id] = batch.labels
-            for sample, captions in zip(batch.sample_id.tolist(), batch.captions or ()):
+            for sample in batch.sample_id.tolist() if tokenizer is not None else ():
+                captions = source.captions(sample)  # type: ignore[attr-defined]
                 counts[sample] = len(captions)
                 texts += captions
         if self.images is None:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from vlx.core.errors import CheckpointError
 
 log = logging.getLogger("vlx")
+ADAPTER_FILE = "adapter.safetensors"
+"""In the directory of a run with a frozen base: what it trained."""
 
 # Keys of published files that are not the encoder's: decoders, heads, momentum copies.
 _NOT_ENCODER = ("decoder", "mask_token", "head.", "fc_norm.", "mimic", "teacher.", "momentum")

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from vlx.core.errors import CheckpointError, StorageError
-from vlx.core.files import explain_write
+from vlx.core.errors import CheckpointError
+from vlx.core.files import write_atomic
 from vlx.core.method import Trainable
+from vlx.encoders.checkpoint import ADAPTER_FILE
 from vlx.engine.checkpoint import weights_checksum
 
-FILE = "adapter.safetensors"
 _SHOWN = 4
 
 
@@ -60,15 +60,8 @@ def save_adapter(run_dir: Path, method: nn.Module, state: dict[str, Tensor], *, 
     """Write the trained tensors of a full host-side state dict with the digest of the others."""
     adapter, base = split_state(method, state)
     meta = {"base": weights_checksum(base), "method": slug, "format": "1"}
-    file = run_dir / FILE
-    tmp = file.with_name(f".{file.name}.tmp")
-    try:
-        save_file({k: v.contiguous() for k, v in adapter.items()}, tmp, metadata=meta)
-        tmp.replace(file)
-    except (OSError, SafetensorError) as error:
-        tmp.unlink(missing_ok=True)
-        cause = error if isinstance(error, OSError) else OSError(0, str(error))
-        raise StorageError(explain_write(cause, file)) from error
+    file = run_dir / ADAPTER_FILE
+    write_atomic(file, save({k: v.contiguous() for k, v in adapter.items()}, metadata=meta))
     return file
 
 
@@ -79,9 +72,11 @@ def load_adapter(path: str, method: nn.Module, *, slug: str) -> None:
     loaded, for another base, another method, or tensors that do not fit.
     """
     file = Path(path).expanduser()
-    file = file / FILE if file.is_dir() else file
+    file = file / ADAPTER_FILE if file.is_dir() else file
     if not file.is_file():
-        raise CheckpointError(f"no adapter at {file}: a run with a frozen base writes {FILE}")
+        raise CheckpointError(
+            f"no adapter at {file}: a run with a frozen base writes {ADAPTER_FILE}"
+        )
     try:
         with safe_open(file, "pt") as opened:
             meta = opened.metadata() or {}

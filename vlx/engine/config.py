@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -205,5 +205,7 @@ class RunConfig:
     """Name of the run directory; null makes one from time, method and seed."""
 
     def __post_init__(self) -> None:
+        if self.data.split_seed is None:
+            self.data = replace(self.data, split_seed=self.seed)
         if self.name is not None and (not self.name or self.name != Path(self.name).name):
             raise ConfigError(f"name={self.name!r} must be a folder's name without '/'")

@@ -6,7 +6,7 @@ import json
 import logging
 import resource
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +133,6 @@ class Run:
     def _prepare(self) -> tuple[Trainer, list[Metric]]:
         cfg, parallel = self.cfg, self.parallel
         snapshot = self._latest()
-        if cfg.data.split_seed is None:
-            cfg.data = replace(cfg.data, split_seed=cfg.seed)
         source = open_source(cfg.data, cfg.data.train_split)
         if isinstance(source, Selected) and parallel.is_main:
             write_json(self.run_dir / SPLIT_FILE, source.record())

@@ -111,8 +111,12 @@ class EvalData:
     def pipeline(self, split: str) -> EvalPipeline:
         """One for all evaluators, so that an unreadable sample is named and counted once."""
         if split not in self._pipelines:
-            self._pipelines[split] = self._pipeline(self.source(split), self.data, shared=True)
+            self._pipelines[split] = self.pipeline_of(self.source(split))
         return self._pipelines[split]
+
+    def pipeline_of(self, source: Source) -> EvalPipeline:
+        """Of a source that is no split of the data as it stands (a half of its classes)."""
+        return self._pipeline(source, self.data, shared=True)
 
     def _pipeline(self, source: Source, cfg: DataConfig, *, shared: bool) -> EvalPipeline:
         """shared: every process reads its share; else all read everything."""

@@ -8,8 +8,6 @@ from functools import partial
 from vlx.core.capability import OpenVocabulary
 from vlx.data.config import Classes
 from vlx.data.open import open_source
-from vlx.data.pipeline import EvalPipeline
-from vlx.data.views import evaluation_view
 from vlx.evals.base import EvalData, Evaluation, Subject
 from vlx.evals.classification import count_hits
 from vlx.evals.tokens import Forward
@@ -32,19 +30,9 @@ class BaseToNew:
         counted = 0
         for half in (Classes.base, Classes.new):
             source = open_source(replace(data.data, classes=half), data.data.test_split)
-            pipeline = EvalPipeline(
-                source,
-                evaluation_view(data.cfg.crop_ratio),
-                cfg=data.data,
-                image_size=data.image_size,
-                batch_size=data.cfg.batch_size,
-                device=data.device,
-                rank=data.rank,
-                world=data.world,
-            )
             names = source.info.class_names
             forward = Forward(partial(model.logits_of, class_names=names))
-            hits = count_hits(forward, pipeline, len(names))
+            hits = count_hits(forward, data.pipeline_of(source), len(names))
             found[half.name] = float(hits[:, 0].sum() / hits[:, 2].sum())
             counted += int(hits[:, 2].sum())
         base, new = found["base"], found["new"]

@@ -18,6 +18,7 @@ from vlx.evals.class_texts import class_texts, class_words
 from vlx.evals.features import Features
 from vlx.evals.pictures import GREEN, GREY, RED, bar_panel, grid, to_picture
 from vlx.evals.ranking import BLOCK_BYTES, similarity
+from vlx.ops.contrastive import mean_of_templates
 
 log = logging.getLogger("vlx")
 _NAMED = 5
@@ -80,7 +81,7 @@ def classifier(subject: Subject, data: EvalData, names: Sequence[str]) -> Tensor
 
     def means(batch: Sequence[str]) -> Tensor:
         rows = normalize(encode(batch).float(), dim=1)
-        return normalize(rows.unflatten(0, (-1, each)).mean(1), dim=1)
+        return mean_of_templates(rows.unflatten(0, (-1, each)))
 
     found = subject.once(
         "classes",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -71,10 +71,16 @@ class Classifier(Trainable):
         return (Logits(self),)
 
 
-class Logits(ClassLogits):
-    """The class logits of a classifier."""
+class Classifies(Protocol):
+    """A method that tells the classes of the data apart."""
 
-    def __init__(self, method: Classifier) -> None:
+    def class_logits(self, images: Tensor) -> Tensor: ...
+
+
+class Logits(ClassLogits):
+    """The class logits of a method."""
+
+    def __init__(self, method: Classifies) -> None:
         self.method = method
 
     def class_logits(self, images: Tensor) -> Tensor:

@@ -16,13 +16,14 @@ from torch.nn.functional import cross_entropy
 from vlx.blocks.logit_scale import LogitScale
 from vlx.blocks.prompts import ClassTexts, Sentence, words_of
 from vlx.blocks.vit_block import BlockHook
-from vlx.core.capability import Capability, ClassLogits, OpenVocabulary
+from vlx.core.capability import Capability, OpenVocabulary
 from vlx.core.config import ClipTuningConfig
 from vlx.core.errors import ConfigError
 from vlx.core.fields import LABEL, Batch, Needs, ViewSpec
 from vlx.core.method import Builder, ParamGroup, StepContext, StepOutput, Trainable
 from vlx.encoders.base import EncoderFeatures
 from vlx.encoders.clip_weights import load_clip
+from vlx.families.classifier import Logits
 from vlx.families.dual_encoder import Towers
 from vlx.ops.augment import HorizontalFlip, RandomResizedCrop
 from vlx.ops.precision import without_autocast
@@ -161,15 +162,7 @@ class ClipTuning(Trainable):
         return [ParamGroup("prompts", named)]
 
     def exports(self) -> tuple[Capability, ...]:
-        return _Logits(self), _AnyClasses(self), EncoderFeatures(self.towers.image)
-
-
-class _Logits(ClassLogits):
-    def __init__(self, method: ClipTuning) -> None:
-        self.method = method
-
-    def class_logits(self, images: Tensor) -> Tensor:
-        return self.method.class_logits(images)
+        return Logits(self), _AnyClasses(self), EncoderFeatures(self.towers.image)
 
 
 class _AnyClasses(OpenVocabulary):

@@ -20,8 +20,10 @@ PAIR_FIELDS = (TEXT, TEXT_LENGTH)
 _TEXTS_AT_ONCE = 256
 
 
-def caption_view(crop_scale: Sequence[float], flip: float, rand_augment: float | None) -> ViewSpec:
-    """ALBEF's view (Li et al. 2021, section 3.5): a crop, a flip, two random operations of a
+def caption_view(
+    crop_scale: Sequence[float], flip: float, rand_augment: float | None = None
+) -> ViewSpec:
+    """A crop and a flip, then ALBEF's (Li et al. 2021, section 3.5) two random operations of a
     strength 0..10 that leave alone the colours that captions name; None does none."""
     ops = [RandomResizedCrop(scale=(crop_scale[0], crop_scale[1])), HorizontalFlip(flip)]
     if rand_augment is not None:
@@ -47,13 +49,15 @@ class PairTowers(nn.Module):
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Texts as they are written to (T, E) of unit length."""
+        starts = range(0, len(texts), _TEXTS_AT_ONCE)
+        parts = [texts[start : start + _TEXTS_AT_ONCE] for start in starts]
+        return torch.cat([self.embed_text(*self.token_ids(part)) for part in parts])
+
+    def token_ids(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Texts to ids (T, L) and lengths (T,) on the towers' device."""
         device = next(self.parameters()).device
-        parts = []
-        for start in range(0, len(texts), _TEXTS_AT_ONCE):
-            found = self.tokenizer.encode(texts[start : start + _TEXTS_AT_ONCE])
-            ids, lengths = (torch.from_numpy(a).to(device) for a in (found.ids, found.lengths))
-            parts.append(self.embed_text(ids, lengths))
-        return torch.cat(parts)
+        found = self.tokenizer.encode(texts)
+        return torch.from_numpy(found.ids).to(device), torch.from_numpy(found.lengths).to(device)
 
 
 class Towers(PairTowers):

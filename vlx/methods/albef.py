@@ -268,8 +268,7 @@ class PairLogits(PairScorer):
         self.towers, self.head = towers, head
 
     def pair_scores(self, images: Tensor, texts: Sequence[str]) -> Tensor:
-        found = self.towers.tokenizer.encode(texts)
-        ids, lengths = (torch.from_numpy(a).to(images.device) for a in (found.ids, found.lengths))
+        ids, lengths = self.towers.token_ids(texts)
         tokens = self.towers.text(ids, lengths).tokens
         fused = self.towers.text.fuse(tokens, lengths, self.towers.image_tokens(images))
         return self.head(fused[:, 0])[:, 1]

@@ -20,13 +20,12 @@ from torch import Tensor
 from vlx.blocks.logit_scale import LogitScale
 from vlx.core.capability import Capability
 from vlx.core.config import MethodConfig
-from vlx.core.fields import Batch, Needs, ViewSpec
+from vlx.core.fields import Batch, Needs
 from vlx.core.method import Builder, StepContext, StepOutput, Trainable
 from vlx.core.paper import Paper
 from vlx.encoders.base import EncoderFeatures
 from vlx.encoders.clip_weights import load_clip
-from vlx.families.dual_encoder import PAIR_FIELDS, JointSpace, Towers
-from vlx.ops.augment import HorizontalFlip, RandomResizedCrop
+from vlx.families.dual_encoder import PAIR_FIELDS, JointSpace, Towers, caption_view
 from vlx.ops.contrastive import clip_loss
 
 PAPER = Paper(
@@ -73,9 +72,7 @@ class Clip(Trainable):
 
     @classmethod
     def needs(cls, cfg: ClipConfig) -> Needs:
-        crop = RandomResizedCrop(scale=(cfg.crop_scale[0], cfg.crop_scale[1]))
-        view = ViewSpec("image", ops=(crop, HorizontalFlip(cfg.flip)))
-        return Needs(views=(view,), fields=PAIR_FIELDS)
+        return Needs(views=(caption_view(cfg.crop_scale, cfg.flip),), fields=PAIR_FIELDS)
 
     def embed(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
         return {

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy, normalize, one_hot
 
 from vlx.blocks.logit_scale import LogitScale
 from vlx.blocks.vit_block import BlockHook
@@ -28,13 +28,12 @@ from vlx.blocks.word_head import WordHead
 from vlx.core.capability import Capability
 from vlx.core.config import MethodConfig
 from vlx.core.errors import ConfigError
-from vlx.core.fields import Batch, Needs, ViewSpec
+from vlx.core.fields import Batch, Needs
 from vlx.core.method import Builder, StepContext, StepOutput, Trainable
 from vlx.core.paper import Paper
 from vlx.encoders.base import EncoderFeatures
-from vlx.families.dual_encoder import PAIR_FIELDS, JointSpace, PairTowers
-from vlx.ops.augment import HorizontalFlip, RandomResizedCrop
-from vlx.ops.contrastive import late_interaction
+from vlx.families.dual_encoder import PAIR_FIELDS, JointSpace, PairTowers, caption_view
+from vlx.ops.contrastive import distilled_contrast, late_interaction
 from vlx.ops.dist import gather_rows, global_mean, rank, world_size
 from vlx.ops.masked_words import MaskedWords, choose_words
 from vlx.ops.text import real_tokens
@@ -153,9 +152,7 @@ class Lightclip(Trainable):
 
     @classmethod
     def needs(cls, cfg: LightclipConfig) -> Needs:
-        crop = RandomResizedCrop(scale=(cfg.crop_scale[0], cfg.crop_scale[1]))
-        view = ViewSpec("image", ops=(crop, HorizontalFlip(cfg.flip)))
-        return Needs(views=(view,), fields=PAIR_FIELDS)
+        return Needs(views=(caption_view(cfg.crop_scale, cfg.flip),), fields=PAIR_FIELDS)
 
     def step(self, batch: Batch, ctx: StepContext) -> StepOutput:
         ids, lengths = batch["text"], batch["text_length"]
@@ -239,16 +236,10 @@ def progressive_loss(
 
 def _soft_cross_entropy(logits: Tensor, soft: float) -> tuple[Tensor, Tensor]:
     """logits: (B, M), the pair of row i in column rank * B + i."""
-    rows = torch.arange(len(logits), device=logits.device)
-    own = rows + rank() * len(logits)
-    hard = cross_entropy(logits, own)
-    if soft == 0:
-        return hard, hard
-    others = logits.detach().clone()
-    others[rows, own] = float("-inf")
-    log_probabilities = logits.log_softmax(1)
-    by_negatives = -(others.softmax(1) * log_probabilities).sum(1).mean()
-    return (1 - soft) * hard + soft * by_negatives, hard
+    own = torch.arange(len(logits), device=logits.device) + rank() * len(logits)
+    pairs = one_hot(own, logits.shape[1]).bool()
+    others = logits.detach().masked_fill(pairs, float("-inf"))
+    return distilled_contrast(logits, others, pairs, soft), cross_entropy(logits, own)
 
 
 def token_loss(patches: Tensor, words: Tensor, real: Tensor, scale: Tensor) -> Tensor:

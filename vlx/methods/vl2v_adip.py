@@ -30,17 +30,19 @@ from torch.nn.functional import cross_entropy, kl_div, normalize
 
 from vlx.blocks.frozen import Frozen
 from vlx.blocks.logit_scale import LogitScale
-from vlx.core.capability import Capability, ClassLogits, OpenVocabulary
+from vlx.core.capability import Capability, OpenVocabulary
 from vlx.core.config import MethodConfig
 from vlx.core.errors import CheckpointError, ConfigError
 from vlx.core.fields import LABEL, Batch, Needs, ViewOp, ViewSpec
 from vlx.core.method import Builder, StepContext, StepOutput, Trainable
 from vlx.core.paper import Paper
 from vlx.encoders.base import EncoderFeatures, VisionEncoder
-from vlx.encoders.checkpoint import read_weights
+from vlx.encoders.checkpoint import ADAPTER_FILE, read_weights
 from vlx.encoders.clip_weights import load_clip
+from vlx.families.classifier import Logits
 from vlx.families.dual_encoder import Towers
 from vlx.ops.augment import ColorJitter, Grayscale, HorizontalFlip, RandomResizedCrop
+from vlx.ops.contrastive import mean_of_templates
 from vlx.ops.precision import without_autocast
 from vlx.ops.resample import resize
 
@@ -59,7 +61,6 @@ PAPER = Paper(
 )
 
 log = logging.getLogger("vlx")
-_ADAPTER = "adapter.safetensors"  # in the directory of a run with a frozen base
 _PART = "projection"
 
 
@@ -141,7 +142,7 @@ def cosine_losses(z: Tensor, image: Tensor, text: Tensor, image_ratio: float) ->
 def load_projection(projection: nn.Linear, path: str) -> None:
     """Put the layer that stage 1 trained into this one: nothing else of its run, and all of it."""
     file = Path(path).expanduser()
-    file = file / _ADAPTER if file.is_dir() else file
+    file = file / ADAPTER_FILE if file.is_dir() else file
     wanted = {f"{_PART}.{name}": value for name, value in projection.state_dict().items()}
     saved = read_weights(file) if file.is_file() else {}
     for name, value in wanted.items():
@@ -266,7 +267,7 @@ class Vl2vAdip(Trainable):
                 towers.embed_texts([template.replace("{}", word) for word in words]).float()
                 for template in self.cfg.templates
             ]
-            return normalize(torch.stack(found).mean(0), dim=-1)
+            return mean_of_templates(torch.stack(found, dim=1))
 
     def class_weights(self) -> Tensor:
         """`name_weights` of the data's classes, made at the first use of the loaded weights."""
@@ -278,6 +279,10 @@ class Vl2vAdip(Trainable):
         """Scaled cosines (B, C) of z (B, E) and class weights (C, E) of unit length."""
         with without_autocast(z):
             return self.logit_scale.module() * normalize(z.float(), dim=-1) @ names.T
+
+    def class_logits(self, images: Tensor) -> Tensor:
+        """images: (B, 3, H, W), RGB in 0..1. Returns (B, C) for the classes of the data."""
+        return self.logits(self.project(images), self.class_weights())
 
     def step(self, batch: Batch, ctx: StepContext) -> StepOutput:
         images, names = batch["image"], self.class_weights()
@@ -292,16 +297,6 @@ class Vl2vAdip(Trainable):
 
     def exports(self) -> tuple[Capability, ...]:
         return Logits(self), NamedClasses(self), EncoderFeatures(self.student)
-
-
-class Logits(ClassLogits):
-    """Among the classes of the data."""
-
-    def __init__(self, method: Vl2vAdip) -> None:
-        self.method = method
-
-    def class_logits(self, images: Tensor) -> Tensor:
-        return self.method.logits(self.method.project(images), self.method.class_weights())
 
 
 class NamedClasses(OpenVocabulary):
