@@ -1,4 +1,5 @@
-"""Every method that reduces tokens of DeiT-S at 224, at its published rates, against the plain ViT.
+"""Every method that reduces tokens, at DeiT-S's size and 224 pixels, at its published rates, against
+the plain model: DeiT-S, or a backbone's own without the reduction.
 
 The speed-up that was measured is compared with what the GMACs promise: images/s against the plain
 model's images/s times the ratio of GMACs, both of one run, rounds in turn. Weights are random.
@@ -96,16 +97,16 @@ def cases(chosen: Sequence[str]) -> Iterator[Case]:
 
 @torch.no_grad()
 def costs(case: Case) -> tuple[float, float] | None:
-    """GMACs of the plain and of the reduced model, from shapes; None for another size of model,
-    or where this rate reduces nothing."""
+    """GMACs of the plain and of the reduced model, from shapes; None where neither has DeiT-S's
+    size, or where this rate reduces nothing."""
     meta = torch.device("meta")
     with meta:
         model = case.build(meta)
         if model is None or model.image_size != SIDE:
             return None
         plain, reduced = (gmacs(f, SIDE, meta) for f in (model.plain, model.reduced))
-    is_deit_s = abs(plain / DEIT_S_GMACS - 1) < 0.05
-    return (plain, reduced) if is_deit_s and reduced < plain else None
+    is_small = any(abs(cost / DEIT_S_GMACS - 1) < 0.06 for cost in (plain, reduced))
+    return (plain, reduced) if is_small and reduced < plain else None
 
 
 @torch.no_grad()
@@ -133,7 +134,7 @@ def main(chosen: Sequence[str] = ()) -> list[Row]:
     for case in cases(chosen):
         cost = costs(case)
         if cost is None:
-            print(f"{case.slug} {case.rate}: not a reduction of DeiT-S at {SIDE}, left out")
+            print(f"{case.slug} {case.rate}: no reduction at DeiT-S's size and {SIDE} pixels, left out")
             continue
         promised = cost[0] / cost[1]
         for setting in settings():
@@ -142,7 +143,7 @@ def main(chosen: Sequence[str] = ()) -> list[Row]:
             fast, plain = measure(model, setting)
             name = f"{case.slug} {case.rate}".strip()
             row = Row(
-                f"{name}, DeiT-S at {SIDE}, batch {setting.batch}, {setting.name}: "
+                f"{name}, {case.config['encoder']['name']} at {SIDE}, batch {setting.batch}, {setting.name}: "
                 f"{fast / plain:.2f} x as fast",
                 fast,
                 promised * plain,

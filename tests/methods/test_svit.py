@@ -29,6 +29,7 @@ from vlx.commands.dry_run import measure
 from vlx.core.capability import ImageFeatures, ReducedTokens
 from vlx.core.errors import ConfigError
 from vlx.encoders.build import EncoderBuilder
+from vlx.evals.tokens import gmacs
 from vlx.methods.svit import PAPER, SuperTokenVit, Svit, SvitConfig
 
 SMALL = {"dims": (8, 16, 24, 32), "depths": (1, 2, 1, 1), "heads": (1, 2, 3, 4)}
@@ -65,6 +66,17 @@ def test_sizes_and_costs_are_the_cards_and_the_papers(
     for place, kind in enumerate(("attention", "mlp")):
         by_layer = [pair[place] for pair, depth in zip(tokens, depths) for _ in range(depth)]
         assert found.tokens[kind] == by_layer
+
+
+def test_attention_on_all_tokens_costs_twice_as_much() -> None:
+    """What the forward of the plain backbone multiplies, not what building it does."""
+    cfg, meta = config("svit", "paper"), torch.device("meta")
+    with meta:
+        builder = EncoderBuilder({"encoder": cfg.encoder}, 1000, load_weights=False)
+        method = Svit(cfg.method, builder).eval()  # type: ignore[arg-type]
+        reduction = next(part for part in method.exports() if isinstance(part, ReducedTokens))
+        with torch.no_grad():
+            assert gmacs(reduction.plain, 224, meta) == pytest.approx(9.26, abs=0.005)
 
 
 def cells_of(x: Tensor, size: int) -> list[list[Tensor]]:
@@ -153,17 +165,17 @@ def test_cells_and_back() -> None:
 
 
 def test_gathering_is_the_transpose_of_looking_around() -> None:
-    a, b = torch.randn(1, 2, 3, 4), torch.randn(1, 12, 2, 9)
+    a, b = torch.randn(1, 2, 3, 4), torch.randn(1, 12, 9, 2)
     torch.testing.assert_close((around(a) * b).sum(), (a * gather_around(b, (3, 4))).sum())
 
 
 def test_shares_sum_to_1_and_the_border_takes_some() -> None:
     x = torch.randn(2, 6, 8, 8)
-    shares = associate(to_cells(x, 4), adaptive_avg_pool2d(x, 2))  # (2, 4, 16, 9)
-    torch.testing.assert_close(shares.sum(-1), torch.ones(2, 4, 16))
+    shares = associate(to_cells(x, 4), adaptive_avg_pool2d(x, 2))  # (2, 4, 9, 16)
+    torch.testing.assert_close(shares.sum(2), torch.ones(2, 4, 16))
     past = [k for k, j in enumerate(neighbours(0, 0, (2, 2))) if j is None]
     assert len(past) == 5
-    assert (shares[:, 0, :, past] > 0).all()
+    assert (shares[:, 0, past] > 0).all()
 
 
 def test_of_a_constant_the_super_tokens_are_constant_and_the_border_loses() -> None:
@@ -172,7 +184,7 @@ def test_of_a_constant_the_super_tokens_are_constant_and_the_border_loses() -> N
     shares = associate(tokens, adaptive_avg_pool2d(x, 3))
     supers = super_tokens(tokens, shares, (3, 3))
     torch.testing.assert_close(supers, torch.full((1, 4, 3, 3), 0.7))
-    spread = to_map(shares @ around(supers).transpose(2, 3), (3, 3), 4)
+    spread = to_map(shares.transpose(2, 3) @ around(supers), (3, 3), 4)
     torch.testing.assert_close(spread[..., 4:8, 4:8], x[..., 4:8, 4:8])
     outer = torch.ones(12, 12, dtype=torch.bool)
     outer[4:8, 4:8] = False
@@ -191,7 +203,7 @@ def test_no_gradient_passes_through_the_association() -> None:
         tokens = to_cells(leaf, 4)
         shares = fixed if detached else associate(tokens, adaptive_avg_pool2d(leaf, grid))
         attended = module.attention(super_tokens(tokens, shares, grid))
-        out = to_map(shares @ around(attended).transpose(2, 3), grid, 4)
+        out = to_map(shares.transpose(2, 3) @ around(attended), grid, 4)
         return torch.autograd.grad(out.square().sum(), leaf)[0]
 
     leaf = x.clone().requires_grad_()
@@ -224,7 +236,7 @@ def test_owners_are_the_largest_shares() -> None:
     for image, r, c in product(range(2), range(7), range(12)):
         cell = r // 4 * 3 + c // 4
         near = neighbours(r // 4, c // 4, grid)
-        best = near[int(shares[image, cell, r % 4 * 4 + c % 4].argmax())]
+        best = near[int(shares[image, cell, :, r % 4 * 4 + c % 4].argmax())]
         assert int(owners[image, r, c]) == (-1 if best is None else best)
 
 
