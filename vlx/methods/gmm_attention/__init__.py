@@ -2,15 +2,20 @@
 
 Before the softmax the logits of every head are multiplied by a mask of the distance of two patches:
 a mixture of K Gaussians around distance 0, each with a learned amplitude and width. It costs 2K
-parameters a head and layer. The class token is left out and the tokens are averaged.
+parameters a head and layer.
 
 B batch, N patches, H heads, K Gaussians.
-Backbones beside `gmm_vit_patch4_32`: `elm_vit_patch4_32`, whose mask has N*N learned entries for
-all heads of a layer; `small_vit_patch4_32`, the paper's baseline without a mask and with a class
-token; `mean_vit_patch4_32`, without either, so that the mask is not compared with the pooling.
-Departures: only the ViT of the paper's five hosts; RandAugment in place of AutoAugment's CIFAR
-policy; boxes are erased with noise, not the mean colour. A Gaussian is computed from the distance:
-the released code takes powers of exp(-d^2/2), which underflow beyond a distance of 10.
+Backbones: `gmm_HOST`, and `small_HOST` without a mask, of the paper's five hosts: `vit_patch4_32`,
+`swin_patch2_32`, `cait_patch4_32`, `pit_patch2_32`, `t2t_patch4_32`. They are the released code's,
+also where that differs from timm's. GMM-ViT averages its tokens, where the ViT without a mask has a
+class token, so there is also `mean_vit_patch4_32`, without mask and class token; and
+`elm_vit_patch4_32`, whose mask has N*N learned entries for all heads of a layer.
+Departures: RandAugment in place of AutoAugment's CIFAR policy; boxes are erased with noise, not the
+mean colour. A Gaussian is computed from the distance: the released code takes powers of
+exp(-d^2/2), which underflow beyond a distance of 10. PiT's class
+token and its position are one parameter, their sum. T2T goes without the class token and the norm
+that the released code makes and does not use. CaiT is the released "cait-tiny", whose figures are
+the readme's.
 """
 
 from __future__ import annotations
@@ -24,6 +29,10 @@ from vlx.core.errors import ConfigError
 from vlx.core.method import Builder, ParamGroup
 from vlx.core.paper import Paper
 from vlx.families.backbone import BackboneClassifier
+from vlx.methods.gmm_attention._cait import MaskedCait
+from vlx.methods.gmm_attention._pit import MaskedPit
+from vlx.methods.gmm_attention._swin import MaskedSwin
+from vlx.methods.gmm_attention._t2t import MaskedT2t
 from vlx.methods.gmm_attention._vit import MaskedVit
 
 PAPER = Paper(
@@ -43,6 +52,14 @@ PAPER = Paper(
         "elm_vit_patch4_32",
         "small_vit_patch4_32",
         "mean_vit_patch4_32",
+        "gmm_swin_patch2_32",
+        "small_swin_patch2_32",
+        "gmm_cait_patch4_32",
+        "small_cait_patch4_32",
+        "gmm_pit_patch2_32",
+        "small_pit_patch2_32",
+        "gmm_t2t_patch4_32",
+        "small_t2t_patch4_32",
     ),
 )
 
@@ -69,7 +86,7 @@ class GmmAttentionConfig(ClassifierConfig):
 
 class GmmAttention(BackboneClassifier):
     Config = GmmAttentionConfig
-    Backbone = MaskedVit
+    Backbone = (MaskedVit, MaskedSwin, MaskedCait, MaskedPit, MaskedT2t)
     models = PAPER.backbones
 
     def __init__(self, cfg: GmmAttentionConfig, build: Builder) -> None:
