@@ -1,4 +1,4 @@
-"""GMM attention: the card's checks."""
+"""GMM attention: the card's checks, on the paper's ViT."""
 
 from __future__ import annotations
 
@@ -13,13 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.contract.build import NUM_CLASSES, build, config, context, smoke_batch
 from vlx.core.errors import ConfigError
 from vlx.encoders.build import EncoderBuilder
-from vlx.methods.gmm_attention import (
-    ElementwiseMask,
-    GaussianMixture,
-    GmmAttention,
-    GmmAttentionConfig,
-    MaskedAttention,
-)
+from vlx.methods.gmm_attention import GmmAttention, GmmAttentionConfig
+from vlx.methods.gmm_attention._mask import ElementwiseMask, GaussianMixture, MaskedAttention
 
 # Ten classes at 32 pixels: parameters (card). The readme says 2.7 M and 170.9 M MACs of all.
 PARAMS = {
