@@ -1,5 +1,6 @@
-"""Every method that reduces tokens, at DeiT-S's size and 224 pixels, at its published rates, against
-the plain model: DeiT-S, or a backbone's own without the reduction.
+"""Every method that reduces tokens, at its published rates, against the plain model, at 224 pixels.
+
+The plain model is DeiT-S, or a backbone of its size without the reduction.
 
 The speed-up that was measured is compared with what the GMACs promise: images/s against the plain
 model's images/s times the ratio of GMACs, both of one run, rounds in turn. Weights are random.
@@ -134,7 +135,7 @@ def main(chosen: Sequence[str] = ()) -> list[Row]:
     for case in cases(chosen):
         cost = costs(case)
         if cost is None:
-            print(f"{case.slug} {case.rate}: no reduction at DeiT-S's size and {SIDE} pixels, left out")
+            print(f"{case.slug} {case.rate}: no reduction at DeiT-S's size at {SIDE}, left out")
             continue
         promised = cost[0] / cost[1]
         for setting in settings():
@@ -142,8 +143,9 @@ def main(chosen: Sequence[str] = ()) -> list[Row]:
             assert model is not None
             fast, plain = measure(model, setting)
             name = f"{case.slug} {case.rate}".strip()
+            encoder = case.config["encoder"]["name"]
             row = Row(
-                f"{name}, {case.config['encoder']['name']} at {SIDE}, batch {setting.batch}, {setting.name}: "
+                f"{name}, {encoder} at {SIDE}, batch {setting.batch}, {setting.name}: "
                 f"{fast / plain:.2f} x as fast",
                 fast,
                 promised * plain,

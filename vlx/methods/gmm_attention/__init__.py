@@ -12,10 +12,11 @@ class token, so there is also `mean_vit_patch4_32`, without mask and class token
 `elm_vit_patch4_32`, whose mask has N*N learned entries for all heads of a layer.
 Departures: RandAugment in place of AutoAugment's CIFAR policy; boxes are erased with noise, not the
 mean colour. A Gaussian is computed from the distance: the released code takes powers of
-exp(-d^2/2), which underflow beyond a distance of 10. PiT's class
-token and its position are one parameter, their sum. T2T goes without the class token and the norm
-that the released code makes and does not use. CaiT is the released "cait-tiny", whose figures are
-the readme's.
+exp(-d^2/2), which underflow beyond a distance of 10. PiT's class token and its position are one
+parameter, their sum. T2T goes without the class token and the norm that the released code makes and
+does not use, and its fixed table of positions has all sines first. CaiT is the released
+"cait-tiny", whose figures are the readme's. The readme counts no products of attention in its MACs:
+with them they are 0.241 G (Swin), 0.358 G (CaiT), 0.274 G (PiT) and 0.450 G (T2T).
 """
 
 from __future__ import annotations
