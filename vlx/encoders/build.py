@@ -17,8 +17,9 @@ from vlx.encoders.checkpoint import load_encoder
 from vlx.encoders.config import EncoderConfig, PosEmbed, TextConfig
 from vlx.encoders.conv_mae import ConvMae, is_conv_mae
 from vlx.encoders.text import TextEncoder
+from vlx.encoders.published import load_published
 from vlx.encoders.timm_backbone import TimmBackbone
-from vlx.encoders.timm_vit import TimmVit, is_plain_vit, load_published
+from vlx.encoders.timm_vit import TimmVit, is_plain_vit
 
 if TYPE_CHECKING:
     from vlx.encoders.language_model import LanguageModel
