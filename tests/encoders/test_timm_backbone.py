@@ -97,6 +97,21 @@ def test_a_file_of_another_depth_loads_nothing_and_names_the_keys(tmp_path) -> N
         resnet(7, checkpoint=str(tmp_path / "resnet34.pth"))
 
 
+def test_a_head_of_another_width_is_no_matter_of_classes(tmp_path, caplog) -> None:
+    def small(dim: int, checkpoint: str | None = None):
+        sizes = {"image_size": 32, "patch_size": 16, "dim": dim, "depth": 1, "heads": 1}
+        cfg = EncoderConfig(name="vit_tiny_patch16_224", checkpoint=checkpoint, **sizes)
+        return EncoderBuilder({"encoder": cfg}, 7).vision(num_classes=7)
+
+    file = str(tmp_path / "weights.pth")
+    torch.save(small(24).backbone.state_dict(), file)
+    with pytest.raises(
+        CheckpointError, match=r"nothing was loaded\. 1\d reshaped.*encoder=, text="
+    ):
+        small(48, file)
+    assert "the head is new" not in caplog.text
+
+
 def test_published_weights_are_loaded_beside_a_head_of_other_classes(monkeypatch) -> None:
     from timm.models import _builder
 

@@ -16,8 +16,8 @@ from vlx.encoders.base import VisionEncoder
 from vlx.encoders.checkpoint import load_encoder
 from vlx.encoders.config import EncoderConfig, PosEmbed, TextConfig
 from vlx.encoders.conv_mae import ConvMae, is_conv_mae
-from vlx.encoders.text import TextEncoder
 from vlx.encoders.published import load_published
+from vlx.encoders.text import TextEncoder
 from vlx.encoders.timm_backbone import TimmBackbone
 from vlx.encoders.timm_vit import TimmVit, is_plain_vit
 

@@ -124,7 +124,10 @@ def load_whole(module: nn.Module, state: dict[str, Tensor], path: str | Path) ->
     if missing or unexpected or reshaped:
         parts = (("missing", missing), ("unexpected", unexpected), ("reshaped", reshaped))
         report = "; ".join(f"{len(k)} {what}: {', '.join(k[:3])}" for what, k in parts if k)
-        raise CheckpointError(f"{path} does not fit the encoder, nothing was loaded. {report}")
+        raise CheckpointError(
+            f"{path} does not fit the encoder, nothing was loaded. {report}. Choose the model and "
+            "the sizes that it was trained with (encoder=, text=)"
+        )
     module.load_state_dict(state)
 
 
@@ -140,8 +143,8 @@ def _fit_head(
     """Keep the model's own new head where the file has none, or one of other classes; leave out
     the file's where the model has none."""
     head, saved = (names.get(f"{classifier}.weight") for names in (own, state))
-    if head is not None and saved is not None and saved.shape == head.shape:
-        return
+    if head is not None and saved is not None and len(saved) == len(head):
+        return  # of another width, it does not fit
     if head is not None and saved is None:
         log.info(f"{path} has no classifier: the head is new")
     elif head is not None and saved is not None:

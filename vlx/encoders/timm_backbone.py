@@ -128,9 +128,7 @@ def _create(cfg: EncoderConfig, **arguments: Any) -> nn.Module:
     given = {key: value for key, value in sizes.items() if value is not None} | arguments
     rate = cfg.drop_path
     try:  # only some models are built for one image size, and only these take it
-        return timm.create_model(
-            cfg.name, img_size=cfg.image_size, drop_path_rate=rate, **given
-        )
+        return timm.create_model(cfg.name, img_size=cfg.image_size, drop_path_rate=rate, **given)
     except TypeError:
         pass
     try:
