@@ -279,18 +279,17 @@ def test_a_label_beyond_the_named_classes_is_refused(tmp_path: Path, label: int)
         open_source(config(source="parquet", path=str(file)), "train")
 
 
-def test_a_sample_without_a_label_is_refused_where_labels_are_read(tmp_path: Path) -> None:
-    from vlx.core.fields import LABEL, Needs, ViewSpec
-    from vlx.data.pipeline import check_fields
+def test_rows_without_a_label_count_as_unreadable(tmp_path: Path) -> None:
+    from vlx.data.pipeline import probe_sizes
 
     names = datasets.ClassLabel(names=["a", "b"])
     rows = table(range(4), [0, 1, -1, -1]).cast_column("label", names)
     rows.to_parquet(tmp_path / "train.parquet")
     source = open_source(config(source="parquet", path=str(tmp_path)), "train")
-    view = ViewSpec("image", ops=())
-    check_fields(source, Needs(views=(view,)))
-    with pytest.raises(DataError, match=r"2 of 4 samples of split 'train' have no label.*row 2"):
-        check_fields(source, Needs(views=(view,), fields=(LABEL,)))
+    assert source.read(1)["label"] == 1
+    with pytest.raises(ValueError, match="no label, where other samples have one"):
+        source.read(2)
+    assert len(probe_sizes(source, config())) == 2
 
 
 def test_words_are_numbered_by_the_training_split() -> None:

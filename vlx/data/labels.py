@@ -30,7 +30,10 @@ def class_indices(
     new = np.setdiff1d(values, known)
     if len(new):
         shown = ", ".join(str(value) for value in new[:5])
-        raise DataError(f"split '{split}' has labels that the training split lacks: {shown}")
+        raise DataError(
+            f"split '{split}' has labels that the training split lacks: {shown}: leave these "
+            "samples out, or add the classes to the training split"
+        )
     return np.searchsorted(known, values).astype(np.int64), tuple(str(value) for value in known)
 
 
@@ -45,18 +48,4 @@ def check_labels(source: Source) -> None:
             f"{source.info.name}: {len(wrong)} of {len(labels)} samples have a label beyond its "
             f"{count} classes (first: {source.describe(int(wrong[0]))} has {labels[wrong[0]]}, "
             f"classes are 0..{count - 1}): correct the labels, or the names of the classes"
-        )
-
-
-def check_labelled(source: Source) -> None:
-    """Raise `DataError` where some samples have no label (-1), for what reads labels."""
-    labels = source.labels()
-    if labels is None:
-        return
-    without = np.flatnonzero(labels < 0)
-    if len(without):
-        raise DataError(
-            f"{source.info.name}: {len(without)} of {len(labels)} samples of split "
-            f"'{source.info.split}' have no label (first: {source.describe(int(without[0]))}): "
-            "label them, or leave them out"
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlx.core import random
 from vlx.core.errors import ConfigError, DataError, nearest
-from vlx.core.fields import LABEL, Batch, Needs
+from vlx.core.fields import Batch, Needs
 from vlx.core.text import Tokenizer
 from vlx.data.config import DataConfig, Resident
 from vlx.data.host import (
@@ -22,7 +22,6 @@ from vlx.data.host import (
     HostDataset,
     read_batches,
 )
-from vlx.data.labels import check_labelled
 from vlx.data.order import repeated
 from vlx.data.resident import Residents
 from vlx.data.source import Source
@@ -63,15 +62,13 @@ class Share:
 
 
 def check_fields(source: Source, needs: Needs) -> None:
-    """Raise `DataError` when the source, or a sample's label, lacks what the method reads."""
+    """Raise `DataError` when the source lacks a field that the method reads."""
     for name in needs.source_fields:
         if name not in source.info.fields:
             raise DataError(
                 f"the method needs the field '{name}'; {source.info.name} has "
                 f"{', '.join(source.info.fields)}. {nearest(name, source.info.fields, 1)}"
             )
-        if name == LABEL.name:
-            check_labelled(source)
 
 
 def probe_sizes(source: Source, cfg: DataConfig) -> Tensor:

@@ -85,6 +85,8 @@ class Parquet:
         sample: Sample = {"image": image}
         if self._labels is not None:
             sample["label"] = int(self._labels[index])
+            if sample["label"] < 0:
+                raise ValueError("no label, where other samples have one")
         if self._caption_column is not None:
             sample["caption"] = self.captions(index)
         return sample
