@@ -203,6 +203,25 @@ def test_towers_of_other_kinds_name_the_keys(tmp_path: Path) -> None:
         clip(ClipConfig(embed_dim=32, weights=str(file)))
 
 
+def test_another_vocabulary_names_the_tokenizer_and_the_file(tmp_path: Path) -> None:
+    from vlx.encoders.tokenizers import train_bpe
+
+    file = tmp_path / "open_clip.pt"
+    torch.save(open_clip_model().state_dict(), file)
+    words = train_bpe(TEXTS, 400, 77)
+    size = words.vocab_size
+    cfg = ClipConfig(embed_dim=32, weights=str(file))
+    roles = {"encoder": SMALL}
+    with pytest.raises(CheckpointError, match=rf"open_clip\.pt has .* 49,408 ids.* of {size}: set"):
+        Clip(cfg, EncoderBuilder(roles, 0, text=SMALL_TEXT, tokenizer=words))
+    alone = replace(SMALL_TEXT, checkpoint=str(file))
+    text = {f"text.{k}": v for k, v in clip(ClipConfig()).towers.text.state_dict().items()}
+    torch.save(text, file)
+    builder = EncoderBuilder(roles, 0, text=alone, tokenizer=words)
+    with pytest.raises(CheckpointError, match=rf"open_clip\.pt has .* 49,408 ids.* of {size}: set"):
+        builder.text()
+
+
 def test_weights_of_another_size_load_nothing_and_name_the_keys(tmp_path: Path) -> None:
     torch.save(open_clip_model().state_dict(), tmp_path / "open_clip.pt")
     with pytest.raises(CheckpointError, match=r"reshaped: .*\(32, 64\) for \(16, 64\)"):

@@ -92,7 +92,7 @@ class EncoderBuilder:
 
     def _load_text(self, model: nn.Module) -> None:
         if self.load_weights and self._text is not None and self._text.checkpoint:
-            load_encoder(model, self._text.checkpoint)
+            load_encoder(model, self._text.checkpoint, tokenizer=self.tokenizer)
 
     def vision(
         self,

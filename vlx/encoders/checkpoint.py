@@ -12,6 +12,7 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from vlx.core.errors import CheckpointError
+from vlx.core.text import Tokenizer
 
 log = logging.getLogger("vlx")
 ADAPTER_FILE = "adapter.safetensors"
@@ -19,6 +20,9 @@ ADAPTER_FILE = "adapter.safetensors"
 
 POOLED = "head.pos_embed"
 """Position table of the attention pooling of CLIP's ResNets: one row for the mean, one a place."""
+
+TOKEN_TABLES = ("tokens.weight", "word_embeddings.weight", "embed_tokens.weight", "wte.weight")
+"""How the token tables of CLIP, BERT, Llama and GPT end."""
 
 # Keys of published files that are not the encoder's: decoders, heads, momentum copies.
 _NOT_ENCODER = ("decoder", "mask_token", "head.", "fc_norm.", "mimic", "teacher.", "momentum")
@@ -93,20 +97,37 @@ def load_encoder(
     *,
     grid: tuple[int, int] | None = None,
     prefix: int = 0,
+    tokenizer: Tokenizer | None = None,
 ) -> None:
     """Load `path` into a backbone, strictly; a mismatch loads nothing and names the keys.
 
     grid, prefix: the backbone's patches (rows, columns) and its class and register tokens. With
     them a square position table of another image size is resampled (bicubic) to the grid.
+    tokenizer: whose ids the token table of a text encoder is for.
     """
     own = encoder.state_dict()
     state = encoder_state(read_weights(path), set(own))
     if grid is not None:
         fit_positions(own, state, grid, prefix)
         fit_positions(own, state, grid, prefix, POOLED)
+    if tokenizer is not None:
+        table = next((key for key in own if key.endswith(TOKEN_TABLES)), "")
+        if table:
+            check_rows(tokenizer, own[table], state.get(table), path)
     for classifier in _classifiers(encoder):
         _fit_head(own, state, classifier, path)
     load_whole(encoder, state, path)
+
+
+def check_rows(tokenizer: Tokenizer, own: Tensor, saved: Tensor | None, path: str | Path) -> None:
+    """Raise `CheckpointError` where a saved token table `(V, D)` has other rows than one's own."""
+    if saved is None or len(saved) == len(own):
+        return
+    raise CheckpointError(
+        f"{path} has a token table of {len(saved):,} ids, and text.tokenizer ({tokenizer.name}) "
+        f"makes one of {len(own):,}: set text.tokenizer to the one that it was trained with, "
+        "and text.vocab_size to its ids"
+    )
 
 
 def load_whole(module: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:

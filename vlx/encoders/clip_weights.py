@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vlx.core.errors import CheckpointError
 from vlx.core.text import Tokenizer
-from vlx.encoders.checkpoint import POOLED, fit_positions, load_whole, read_weights
+from vlx.encoders.checkpoint import POOLED, check_rows, fit_positions, load_whole, read_weights
 from vlx.encoders.tokenizers import FILE, BpeTokenizer, bpe_bytes
 
 # Pattern of a published name -> ours; of the blocks `\2` is what is inside one.
@@ -50,6 +50,7 @@ _INSIDE = (
     (r"mlp\.c_fc\.", "mlp.fc1."),
     (r"mlp\.c_proj\.", "mlp.fc2."),
 )
+_TOKENS = "text.tokens.weight"
 _NOT_WEIGHTS = ("position_ids", "input_resolution", "context_length", "vocab_size", "attn_mask")
 
 
@@ -68,9 +69,12 @@ def load_clip(towers: nn.Module, logit_scale: nn.Module, path: str) -> None:
         scale = own.pop("logit_scale.log", None)
     if scale is None or not own:
         raise CheckpointError(f"{path} holds no CLIP: no logit_scale, or no towers")
+    state = towers.state_dict()
+    if _TOKENS in state:
+        check_rows(towers.tokenizer, state[_TOKENS], own.get(_TOKENS), path)  # type: ignore[arg-type]
     spec = towers.image.spec  # type: ignore[union-attr]
     for key in ("image.vit.pos_embed", f"image.model.{POOLED}"):
-        fit_positions(towers.state_dict(), own, spec.grid, spec.num_prefix, key)  # type: ignore[arg-type]
+        fit_positions(state, own, spec.grid, spec.num_prefix, key)  # type: ignore[arg-type]
     load_whole(towers, own, path)
     with torch.no_grad():
         logit_scale.log.copy_(scale)  # type: ignore[union-attr, operator]
