@@ -163,6 +163,16 @@ def test_damaged_rows_are_counted_named_and_the_others_kept(tmp_path: Path) -> N
     assert "row 3: no caption" in found[3]
 
 
+def test_a_row_without_an_image_is_named(tmp_path: Path) -> None:
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    for values, stored in (([None, image()], None), ([{"bytes": None, "path": None}], kind)):
+        rows = {"image": pa.array(values, stored), "caption": ["a"] * len(values)}
+        pq.write_table(pa.table(rows), tmp_path / "train.parquet")
+        source = opened(source="parquet", path=str(tmp_path / "train.parquet"))
+        assert list(reasons(source)) == [0]
+        assert reasons(source)[0].endswith("row 0: no image")
+
+
 def test_empty_ones_in_lists_are_counted_when_the_file_is_opened(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -267,6 +277,23 @@ def test_damaged_texts_of_shards(tmp_path: Path, caplog: pytest.LogCaptureFixtur
         assert reason in line
     assert captions(source, 3) == ["fine"]
     assert "2 captions left out of samples that keep others (first: d: empty cap" in caplog.text
+
+
+def test_of_members_that_come_twice_in_a_shard_the_first_holds(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "train-0.tar"
+    with tarfile.open(file, "w") as archive:
+        for name, data in (
+            ("a.png", image(0)), ("a.txt", b"first"), ("a.png", image(1)), ("a.txt", b"second"),
+            ("b.png", image(2)), ("b.txt", b"other"), ("a.png", image(3)), ("a.txt", b"third"),
+        ):  # fmt: skip
+            add_to_tar(archive, name, data)
+    source = shards(tmp_path)
+    assert len(source) == 2
+    assert [captions(source, row) for row in range(2)] == [["first"], ["other"]]
+    assert [source.read(row)["image"] for row in range(2)] == [image(0), image(2)]
+    assert "4 repeated members (first: train-0.tar: a.png)" in caplog.text
 
 
 def test_every_cut_keeps_the_samples_that_have_their_text(tmp_path: Path) -> None:
@@ -683,6 +710,26 @@ def test_emoji_of_two_vendors(emoji: dict[str, Any]) -> None:
     assert (stats.captions, stats.longest, stats.duplicates, stats.unusable) == (1911, 11, 1, [])
     aliases = opened("google", **{**emoji, "caption_column": "aliases"})
     assert caption_stats(aliases).captions > 1911
+
+
+def test_a_mirror_of_emoji_beside_their_names_is_refused(emoji: dict[str, Any]) -> None:
+    assert not opened("google", **emoji).info.mirror_safe
+
+
+@pytest.mark.parametrize("kind", ["parquet", "captions", "coco", "webdataset"])
+def test_files_say_whether_their_captions_survive_a_mirror(tmp_path: Path, kind: str) -> None:
+    if kind == "parquet":
+        parquet(tmp_path, ["left"])
+    elif kind == "coco":
+        coco(tmp_path)
+    elif kind == "webdataset":
+        tar(tmp_path / "train-0.tar", {"a.png": image(), "a.txt": b"left"})
+    else:
+        write_images(tmp_path, "a.png")
+        (tmp_path / "train.csv").write_text("image,caption\na.png,left\n")
+    keys = {"source": kind, "path": str(tmp_path)}
+    assert opened(**keys).info.mirror_safe
+    assert not opened(**keys, mirror_safe=False).info.mirror_safe
 
 
 def test_held_out_names_are_held_out_of_both_vendors(

@@ -91,6 +91,11 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text(json.dumps(record))
     with pytest.raises(DataError, match=r"was made of flowers \(0123\), this data is digits"):
         opened(split_file=str(tmp_path / "other.json"))
+    for samples_of in ([[0]], [99999], [-1]):
+        record = opened(shots=3).record() | {"samples": samples_of}
+        (tmp_path / "wrong.json").write_text(json.dumps(record))
+        with pytest.raises(DataError, match=r"wrong\.json: samples are no list of 0\.\.1436"):
+            opened(split_file=str(tmp_path / "wrong.json"))
     (tmp_path / "empty.json").write_text("{}")
     with pytest.raises(DataError, match="is not a split of vlx"):
         opened(split_file=str(tmp_path / "empty.json"))

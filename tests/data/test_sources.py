@@ -16,6 +16,8 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import SHARED_DATA
@@ -249,6 +251,45 @@ def test_whole_numbers_are_class_indices_as_they_stand() -> None:
     labels, names = class_indices(np.array([0, 3]), np.array([0, 1, 4]), "test")
     assert labels.tolist() == [0, 3]
     assert names == ("0", "1", "2", "3", "4")
+
+
+def test_a_whole_number_beyond_the_training_splits_is_refused() -> None:
+    with pytest.raises(DataError, match=r"split 'test' has labels that the .* split lacks: 5, 7"):
+        class_indices(np.array([0, 7, 5]), np.array([0, 1, 4]), "test")
+
+
+@pytest.mark.parametrize("label", [3, -2])
+def test_a_label_beyond_the_named_classes_is_refused(tmp_path: Path, label: int) -> None:
+    names = datasets.ClassLabel(names=["a", "b", "c"])
+    rows = table(range(4), [0, 1, 2, 0]).cast_column("label", names)
+    file = tmp_path / "train.parquet"
+    rows.to_parquet(file)
+    assert open_source(config(source="parquet", path=str(file)), "train").info.num_classes == 3
+    stored = pq.read_table(file)
+    values = pa.array([0, 1, label, 0], pa.int64())
+    pq.write_table(
+        stored.set_column(
+            stored.schema.get_field_index("label"), stored.schema.field("label"), values
+        ),
+        file,
+    )
+    with pytest.raises(
+        DataError, match=rf"1 of 4 .* beyond its 3 classes \(first: .*row 2 has {label}, .*0\.\.2\)"
+    ):
+        open_source(config(source="parquet", path=str(file)), "train")
+
+
+def test_rows_without_a_label_count_as_unreadable(tmp_path: Path) -> None:
+    from vlx.data.pipeline import probe_sizes
+
+    names = datasets.ClassLabel(names=["a", "b"])
+    rows = table(range(4), [0, 1, -1, -1]).cast_column("label", names)
+    rows.to_parquet(tmp_path / "train.parquet")
+    source = open_source(config(source="parquet", path=str(tmp_path)), "train")
+    assert source.read(1)["label"] == 1
+    with pytest.raises(ValueError, match="no label, where other samples have one"):
+        source.read(2)
+    assert len(probe_sizes(source, config())) == 2
 
 
 def test_words_are_numbered_by_the_training_split() -> None:

@@ -105,7 +105,12 @@ def test_cut_captions_and_padding_are_counted(
         assert counts.captions == len(found.ids)
         assert counts.cut == int((found.full_lengths > 6).sum()) > 0
         assert counts.tokens == int(found.lengths.sum())
-        assert "cut at 6 tokens" in caplog.text
+        cut = [bool((words.encode(own).full_lengths > 6).any()) for own in source.texts]
+        assert counts.first == source.describe(cut.index(True))
+        assert f"cut at 6 tokens (text.context_length; first: {counts.first})" in caplog.text
+    else:
+        ids = next(made.batches(0, 1))["sample_id"].tolist()
+        assert counts.first in [source.describe(index) for index in ids]
     assert counts.places == counts.captions * 6
 
 

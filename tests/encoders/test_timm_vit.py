@@ -10,7 +10,8 @@ from timm.models.vision_transformer import VisionTransformer
 from vlx.core.errors import ConfigError
 from vlx.encoders.build import EncoderBuilder
 from vlx.encoders.config import EncoderConfig, PosEmbed
-from vlx.encoders.timm_vit import TimmVit, check_statistics
+from vlx.encoders.published import check_statistics
+from vlx.encoders.timm_vit import TimmVit
 
 VARIANTS = [
     "vit_tiny_patch16_224",  # the plain one

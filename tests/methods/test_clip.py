@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ SMALL = EncoderConfig(
     name=VIT, image_size=64, patch_size=16, dim=64, depth=2, heads=1, **STATISTICS
 )
 SMALL_TEXT = TextConfig(dim=64, depth=2, heads=1)
+RESNET = (1, 2, 1, 1)  # bottlenecks a stage
 TEXTS = ["a cat", "two dogs on a mat, running", "x y z 1 2 3 4" * 30, "é"]
 
 
@@ -125,6 +127,101 @@ def test_embeddings_equal_transformers_with_its_weights(tmp_path: Path) -> None:
         torch.testing.assert_close(ours.towers.embed_text(ids, lengths), out.text_embeds)
 
 
+def open_clip_resnet(image_size: int = 64):
+    """OpenAI's RN50 with fewer bottlenecks a stage and a small text tower."""
+    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+
+    vision = CLIPVisionCfg(layers=RESNET, width=64, head_width=64, image_size=image_size)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    model = stirred(CLIP(32, vision, CLIPTextCfg(width=64, heads=1, layers=2), quick_gelu=True))
+    for name, value in model.named_buffers():
+        if "running" in name:
+            value.uniform_(0.5, 1.5)
+    return model
+
+
+@pytest.fixture
+def resnet(monkeypatch: pytest.MonkeyPatch) -> EncoderConfig:
+    """timm's `resnet50_clip` with the same."""
+    from timm.models import byobnet
+
+    known = byobnet.model_cfgs["resnet50_clip"]
+    blocks = tuple(replace(b, d=d) for b, d in zip(known.blocks, RESNET))  # type: ignore[arg-type]
+    monkeypatch.setitem(byobnet.model_cfgs, "resnet50_clip", replace(known, blocks=blocks))
+    return EncoderConfig(name="resnet50_clip", image_size=64, **STATISTICS)
+
+
+def test_a_resnets_embeddings_equal_open_clips_with_its_weights(
+    tmp_path: Path, resnet: EncoderConfig
+) -> None:
+    reference = open_clip_resnet()
+    state = reference.state_dict()
+    assert "visual.layer1.0.downsample.0.weight" in state
+    torch.save(state, tmp_path / "RN.pt")
+    ours = clip(ClipConfig(embed_dim=32, weights=str(tmp_path / "RN.pt")), resnet).eval()
+    images, (ids, lengths) = torch.rand(4, 3, 64, 64), encoded()
+    with torch.no_grad():
+        theirs = reference(ours.towers.image.normalise(images), ids)
+        found = (ours.towers.embed_images(images), ours.towers.embed_text(ids, lengths))
+    for a, b in zip((*found, ours.logit_scale()), theirs):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_resnets_weights_of_other_sizes_load_nothing_and_name_the_keys(
+    tmp_path: Path, resnet: EncoderConfig
+) -> None:
+    file = str(tmp_path / "RN.pt")
+    torch.save(open_clip_resnet().state_dict(), file)
+    with pytest.raises(CheckpointError, match=r"reshaped: .*head\.proj\.bias \(32,\) for \(16,\)"):
+        clip(ClipConfig(embed_dim=16, weights=file), resnet)
+    with pytest.raises(CheckpointError, match=r"a ResNet, and the encoder is a Vision.*clip_rn50"):
+        clip(ClipConfig(embed_dim=32, weights=file))
+    torch.save(open_clip_model().state_dict(), file)
+    with pytest.raises(CheckpointError, match=r"missing: image\.model.*unexpected: image\.vit"):
+        clip(ClipConfig(embed_dim=32, weights=file), resnet)
+
+
+def test_a_resnets_positions_are_resampled_for_another_image_size(
+    tmp_path: Path, resnet: EncoderConfig
+) -> None:
+    from timm.layers.pos_embed import resample_abs_pos_embed
+
+    state = open_clip_resnet().state_dict()
+    torch.save(state, tmp_path / "RN.pt")
+    larger = replace(resnet, image_size=96)
+    ours = clip(ClipConfig(embed_dim=32, weights=str(tmp_path / "RN.pt")), larger)
+    table = state["visual.attnpool.positional_embedding"]  # (1 + 2 * 2, D)
+    expected = resample_abs_pos_embed(table[None], [3, 3], [2, 2], 1)[0]
+    assert torch.equal(ours.towers.image.backbone.state_dict()["head.pos_embed"], expected)
+
+
+def test_towers_of_other_kinds_name_the_keys(tmp_path: Path) -> None:
+    file = tmp_path / "trunk.pt"
+    state = {"visual.trunk.norm.weight": torch.ones(4), "logit_scale": torch.zeros(())}
+    torch.save(state, file)
+    with pytest.raises(CheckpointError, match=r"unexpected: visual\.trunk\.norm\.weight"):
+        clip(ClipConfig(embed_dim=32, weights=str(file)))
+
+
+def test_another_vocabulary_names_the_tokenizer_and_the_file(tmp_path: Path) -> None:
+    from vlx.encoders.tokenizers import train_bpe
+
+    file = tmp_path / "open_clip.pt"
+    torch.save(open_clip_model().state_dict(), file)
+    words = train_bpe(TEXTS, 400, 77)
+    size = words.vocab_size
+    cfg = ClipConfig(embed_dim=32, weights=str(file))
+    roles = {"encoder": SMALL}
+    with pytest.raises(CheckpointError, match=rf"open_clip\.pt has .* 49,408 ids.* of {size}: set"):
+        Clip(cfg, EncoderBuilder(roles, 0, text=SMALL_TEXT, tokenizer=words))
+    alone = replace(SMALL_TEXT, checkpoint=str(file))
+    text = {f"text.{k}": v for k, v in clip(ClipConfig()).towers.text.state_dict().items()}
+    torch.save(text, file)
+    builder = EncoderBuilder(roles, 0, text=alone, tokenizer=words)
+    with pytest.raises(CheckpointError, match=rf"open_clip\.pt has .* 49,408 ids.* of {size}: set"):
+        builder.text()
+
+
 def test_weights_of_another_size_load_nothing_and_name_the_keys(tmp_path: Path) -> None:
     torch.save(open_clip_model().state_dict(), tmp_path / "open_clip.pt")
     with pytest.raises(CheckpointError, match=r"reshaped: .*\(32, 64\) for \(16, 64\)"):
@@ -136,15 +233,9 @@ def test_weights_of_another_size_load_nothing_and_name_the_keys(tmp_path: Path) 
 
 def test_positions_are_resampled_for_another_image_size(tmp_path: Path) -> None:
     torch.save(open_clip_model().state_dict(), tmp_path / "open_clip.pt")
-    larger = EncoderConfig(**{**vars_of(SMALL), "image_size": 96})
+    larger = replace(SMALL, image_size=96)
     ours = clip(ClipConfig(embed_dim=32, weights=str(tmp_path / "open_clip.pt")), larger)
     assert ours.towers.image.spec.grid == (6, 6)
-
-
-def vars_of(cfg: EncoderConfig) -> dict:
-    from dataclasses import fields
-
-    return {f.name: getattr(cfg, f.name) for f in fields(cfg)}
 
 
 def test_the_temperature_starts_learns_and_stays_within_its_bounds() -> None:

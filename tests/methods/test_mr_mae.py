@@ -73,7 +73,7 @@ def test_cost_is_maes_and_the_teachers() -> None:
 
 
 def test_the_paper_preset_has_clips_tower_with_clips_statistics() -> None:
-    from vlx.encoders.timm_vit import check_statistics
+    from vlx.encoders.published import check_statistics
 
     teacher = config("mr-mae", "paper").teacher
     assert teacher is not None

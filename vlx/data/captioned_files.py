@@ -85,7 +85,9 @@ class CaptionedFiles:
     first. The folder that has most of some images is taken.
     """
 
-    def __init__(self, index: Index, file: Path, folders: Iterable[Path], split: str) -> None:
+    def __init__(
+        self, index: Index, file: Path, folders: Iterable[Path], split: str, mirror_safe: bool
+    ) -> None:
         self._index, self._file = index, file
         if index.meta["note"]:
             log.warning(f"{file}: {index.meta['note']}")
@@ -97,6 +99,7 @@ class CaptionedFiles:
             num_samples=len(self),
             fields=("image", "caption") if self._has_texts else ("image",),
             fingerprint=files_digest(f"{index.meta['digest']}:{split}", len(self), self.describe),
+            mirror_safe=mirror_safe,
             extra=index.meta["extra"],
         )
 

@@ -53,6 +53,9 @@ class DataConfig:
     """Seed that draws the shots; null takes the run's seed."""
     split_file: str | None = None
     """Train on exactly the samples of another run: its split.json."""
+    mirror_safe: bool = True
+    """Whether captions stay true of a mirrored image; false refuses flips beside captions. For data
+    from files: embedded sources know it themselves."""
     resident: Resident = Resident.auto
     """Keep all images on the device: auto does where they have one size and fit."""
     resident_limit_mb: int = 2048

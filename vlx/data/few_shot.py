@@ -110,7 +110,8 @@ def few_shots(
         if len(own) < shots:
             raise DataError(
                 f"data.shots={shots}: class '{info.class_names[number]}' of {info.name} has "
-                f"{len(own)} samples in split '{info.split}'"
+                f"{len(own)} samples in split '{info.split}': lower data.shots, or leave the "
+                "class out of the data"
             )
         picked.append(own[:shots])
     return np.sort(np.concatenate(picked))
@@ -126,6 +127,9 @@ def _from_file(file: Path, source: Source) -> np.ndarray:
     if made_of[1] != source.info.fingerprint:
         raise DataError(
             f"data.split_file: {file} was made of {made_of[0]} ({made_of[1]}), this data is "
-            f"{source.info.name} ({source.info.fingerprint})"
+            f"{source.info.name} ({source.info.fingerprint}): give the split.json of a run on "
+            "this data and split"
         )
+    if samples.ndim != 1 or ((samples < 0) | (samples >= len(source))).any():
+        raise DataError(f"data.split_file: {file}: samples are no list of 0..{len(source) - 1}")
     return samples

@@ -10,6 +10,7 @@ from vlx.core.errors import DataError, nearest
 from vlx.data.config import DataConfig
 from vlx.data.few_shot import select
 from vlx.data.held_out import HeldOut, split_name, whole_splits
+from vlx.data.labels import check_labels
 from vlx.data.source import Source, SourceInfo
 
 log = logging.getLogger("vlx")
@@ -55,6 +56,7 @@ def open_source(cfg: DataConfig, split: str) -> Source:
         source = HeldOut(source, side, cfg.split_column)
     if len(source) == 0:
         raise DataError(f"data: split '{split}' of {cfg.source} at {cfg.path} is empty")
+    check_labels(source)
     if split == cfg.test_split and _on_training_data(cfg, source.info):
         log.warning(f"{cfg.path} serves {cfg.train_split} and {split}: scores are on training data")
     return select(source, cfg, split)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -172,7 +173,9 @@ class TrainPipeline:
         if resident:
             self.residents = Residents(source, cfg, seed, device, self.tokenizer)
             if self.residents.text is not None and self.tokenizer is not None:
-                self.caption_counts.add(to_device(self.residents.text, torch.device("cpu")))
+                text = to_device(self.residents.text, torch.device("cpu"))
+                name = partial(self._sample_name, self.residents.owners())
+                self.caption_counts.add(text, name)
                 log.info(self.caption_counts.line(self.tokenizer.context_length))
         self.bad = (
             self.residents.bad if self.residents else BadSamples(len(source), cfg.corrupt_limit)
@@ -213,9 +216,13 @@ class TrainPipeline:
             images, sizes, ids, labels = _to_device(host, self.device)
             batch = self._views(images, sizes, ids, labels, self._keys(ids, step, micro))
             if host.text is not None:
-                self.caption_counts.add(host.text)
+                name = partial(self._sample_name, host.sample_id)
+                self.caption_counts.add(host.text, name)
                 self._add_text(batch, to_device(host.text, self.device))
             yield batch
+
+    def _sample_name(self, ids: Tensor, row: int) -> str:
+        return self.source.describe(int(ids[row]))
 
     def _resident_batch(self, residents: Residents, step: int, micro: int) -> Batch:
         epoch = step // self.steps_per_epoch

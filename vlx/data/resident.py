@@ -92,6 +92,10 @@ class Residents:
         sizes = torch.tensor(images.shape[-2:], device=images.device).expand(len(ids), 2)
         return images, sizes, None if self.labels is None else self.labels[ids]
 
+    def owners(self) -> Tensor:
+        """(T,) on the host: the sample that each of all captions is of."""
+        return torch.arange(self.num_samples).repeat_interleave(self.counts.cpu())
+
     def captions(self, ids: Tensor, seed: int, epoch: int) -> EncodedText:
         """The captions that samples `ids (B,)` show in an epoch."""
         assert self.text is not None

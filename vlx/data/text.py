@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,11 +49,16 @@ class CaptionCounts:
 
     def __init__(self) -> None:
         self.captions = self.cut = self.tokens = self.places = 0
+        self.first = ""
+        """The sample that the first cut caption is of."""
 
-    def add(self, text: EncodedText) -> None:
-        """text: on the host."""
+    def add(self, text: EncodedText, name: Callable[[int], str]) -> None:
+        """text: on the host; name: of the sample that a row of it is of."""
+        cut = (text.full_lengths > text.lengths).nonzero()[:, 0]
+        if len(cut) and not self.first:
+            self.first = name(int(cut[0]))
         self.captions += len(text.ids)
-        self.cut += int((text.full_lengths > text.lengths).sum())
+        self.cut += len(cut)
         self.tokens += int(text.lengths.sum())
         self.places += text.ids.numel()
 
@@ -69,7 +74,8 @@ class CaptionCounts:
     def line(self, context_length: int) -> str:
         """For the log: captions, those that were cut, and the share of padding."""
         padding = 1 - self.tokens / max(1, self.places)
+        first = f"; first: {self.first}" if self.first else ""
         return (
             f"{self.captions:,} captions read: {self.cut:,} cut at {context_length} tokens "
-            f"(text.context_length), {padding:.0%} of all places are padding"
+            f"(text.context_length{first}), {padding:.0%} of all places are padding"
         )

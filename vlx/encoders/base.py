@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from vlx.blocks.vit_block import BlockHook, TokenReducer, UnsupportedBlock
 from vlx.core.capability import ImageFeatures
+from vlx.core.errors import ConfigError
+from vlx.encoders.config import EncoderConfig
 from vlx.ops.token_state import TokenState
 
 
@@ -89,6 +91,13 @@ class VisionEncoder(nn.Module):
     def denormalise(self, images: Tensor) -> Tensor:
         """The inverse of `normalise`."""
         return images * self.std + self.mean  # type: ignore[operator]
+
+    def published(self, cfg: EncoderConfig) -> nn.Module:
+        """The same backbone with timm's published weights of `cfg.name`, from the network at first.
+
+        Raises `ConfigError` for a model that is not timm's.
+        """
+        raise ConfigError(f"encoder.pretrained: timm publishes no weights of {cfg.name}")
 
     def layer_depths(self) -> dict[str, int]:
         """Parameter-name prefix to depth for layer-wise lr decay (`core.method.Layered`)."""

@@ -16,9 +16,10 @@ from vlx.encoders.base import VisionEncoder
 from vlx.encoders.checkpoint import load_encoder
 from vlx.encoders.config import EncoderConfig, PosEmbed, TextConfig
 from vlx.encoders.conv_mae import ConvMae, is_conv_mae
+from vlx.encoders.published import load_published
 from vlx.encoders.text import TextEncoder
 from vlx.encoders.timm_backbone import TimmBackbone
-from vlx.encoders.timm_vit import TimmVit, is_plain_vit, load_published
+from vlx.encoders.timm_vit import TimmVit, is_plain_vit
 
 if TYPE_CHECKING:
     from vlx.encoders.language_model import LanguageModel
@@ -91,7 +92,7 @@ class EncoderBuilder:
 
     def _load_text(self, model: nn.Module) -> None:
         if self.load_weights and self._text is not None and self._text.checkpoint:
-            load_encoder(model, self._text.checkpoint)
+            load_encoder(model, self._text.checkpoint, tokenizer=self.tokenizer)
 
     def vision(
         self,

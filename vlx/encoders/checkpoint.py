@@ -12,10 +12,17 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from vlx.core.errors import CheckpointError
+from vlx.core.text import Tokenizer
 
 log = logging.getLogger("vlx")
 ADAPTER_FILE = "adapter.safetensors"
 """In the directory of a run with a frozen base: what it trained."""
+
+POOLED = "head.pos_embed"
+"""Position table of the attention pooling of CLIP's ResNets: one row for the mean, one a place."""
+
+TOKEN_TABLES = ("tokens.weight", "word_embeddings.weight", "embed_tokens.weight", "wte.weight")
+"""How the token tables of CLIP, BERT, Llama and GPT end."""
 
 # Keys of published files that are not the encoder's: decoders, heads, momentum copies.
 _NOT_ENCODER = ("decoder", "mask_token", "head.", "fc_norm.", "mimic", "teacher.", "momentum")
@@ -90,23 +97,44 @@ def load_encoder(
     *,
     grid: tuple[int, int] | None = None,
     prefix: int = 0,
+    tokenizer: Tokenizer | None = None,
 ) -> None:
     """Load `path` into a backbone, strictly; a mismatch loads nothing and names the keys.
 
     grid, prefix: the backbone's patches (rows, columns) and its class and register tokens. With
     them a square position table of another image size is resampled (bicubic) to the grid.
+    tokenizer: whose ids the token table of a text encoder is for.
     """
     own = encoder.state_dict()
     state = encoder_state(read_weights(path), set(own))
     if grid is not None:
         fit_positions(own, state, grid, prefix)
-    _fit_head(own, state, path)
+        fit_positions(own, state, grid, prefix, POOLED)
+    if tokenizer is not None:
+        table = next((key for key in own if key.endswith(TOKEN_TABLES)), "")
+        if table:
+            check_rows(tokenizer, own[table], state.get(table), path)
+    for classifier in _classifiers(encoder):
+        _fit_head(own, state, classifier, path)
     load_whole(encoder, state, path)
+
+
+def check_rows(tokenizer: Tokenizer, own: Tensor, saved: Tensor | None, path: str | Path) -> None:
+    """Raise `CheckpointError` where a saved token table `(V, D)` has other rows than one's own."""
+    if saved is None or len(saved) == len(own):
+        return
+    raise CheckpointError(
+        f"{path} has a token table of {len(saved):,} ids, and text.tokenizer ({tokenizer.name}) "
+        f"makes one of {len(own):,}: set text.tokenizer to the one that it was trained with, "
+        "and text.vocab_size to its ids"
+    )
 
 
 def load_whole(module: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
     """Load every tensor of a module, or nothing, naming the keys that do not fit."""
     own = module.state_dict()
+    # Older files lack torch's counter of batches, which no batch norm with a momentum reads.
+    state = {k: v for k, v in own.items() if k.endswith(".num_batches_tracked")} | state
     missing = sorted(own.keys() - state.keys())
     unexpected = sorted(state.keys() - own.keys())
     reshaped = [
@@ -117,26 +145,38 @@ def load_whole(module: nn.Module, state: dict[str, Tensor], path: str | Path) ->
     if missing or unexpected or reshaped:
         parts = (("missing", missing), ("unexpected", unexpected), ("reshaped", reshaped))
         report = "; ".join(f"{len(k)} {what}: {', '.join(k[:3])}" for what, k in parts if k)
-        raise CheckpointError(f"{path} does not fit the encoder, nothing was loaded. {report}")
+        raise CheckpointError(
+            f"{path} does not fit the encoder, nothing was loaded. {report}. Choose the model and "
+            "the sizes that it was trained with (encoder=, text=)"
+        )
     module.load_state_dict(state)
 
 
-def _fit_head(own: dict[str, Tensor], state: dict[str, Tensor], path: str | Path) -> None:
-    """Keep the model's own new head where the file has none, or one of other classes."""
-    head = own.get("head.weight")
-    if head is None:
-        return
-    saved = state.get("head.weight")
-    if saved is not None and saved.shape == head.shape:
-        return
-    if saved is None:
+def _classifiers(encoder: nn.Module) -> tuple[str, ...]:
+    """Names of the module or modules that timm calls a model's classifier."""
+    named = getattr(encoder, "pretrained_cfg", {}).get("classifier") or "head"
+    return (named,) if isinstance(named, str) else tuple(named)
+
+
+def _fit_head(
+    own: dict[str, Tensor], state: dict[str, Tensor], classifier: str, path: str | Path
+) -> None:
+    """Keep the model's own new head where the file has none, or one of other classes; leave out
+    the file's where the model has none."""
+    head, saved = (names.get(f"{classifier}.weight") for names in (own, state))
+    if head is not None and saved is not None and len(saved) == len(head):
+        return  # of another width, it does not fit
+    if head is not None and saved is None:
         log.info(f"{path} has no classifier: the head is new")
-    else:
+    elif head is not None and saved is not None:
         log.warning(
             f"{path} classifies {len(saved)} classes and the data has {len(head)}: the head is new"
         )
-    state.pop("head.bias", None)
-    state |= {name: value for name, value in own.items() if name.startswith("head.")}
+    for kind in ("weight", "bias"):
+        name = f"{classifier}.{kind}"
+        state.pop(name, None)
+        if name in own:
+            state[name] = own[name]
 
 
 def fit_positions(
@@ -148,15 +188,22 @@ def fit_positions(
 ) -> None:
     """Resample the position table `state[key]` to `grid` where only the number of places differs.
 
-    prefix: class and register tokens, whose rows stay as they are.
+    prefix: class and register tokens, whose rows stay as they are; so does the row of the mean in
+    `POOLED`, a table without the first axis.
     """
     table, wanted = state.get(key), own.get(key)
-    if table is None or wanted is None or table.ndim != 3 or table.shape[-1] != wanted.shape[-1]:
+    if table is None or wanted is None or table.ndim != wanted.ndim:
         return
-    rows = wanted.shape[1] - grid[0] * grid[1]  # table rows that belong to prefix tokens
-    count = table.shape[1] - rows
-    if table.shape == wanted.shape or rows not in (0, prefix) or math.isqrt(count) ** 2 != count:
+    pooled = key.endswith(POOLED)
+    if table.ndim != (2 if pooled else 3) or table.shape[-1] != wanted.shape[-1]:
+        return
+    rows = wanted.shape[-2] - grid[0] * grid[1]  # table rows that belong to prefix tokens
+    count = table.shape[-2] - rows
+    known = (1,) if pooled else (0, prefix)
+    if table.shape == wanted.shape or rows not in known or math.isqrt(count) ** 2 != count:
         return
     old = math.isqrt(count)
     log.info(f"position table resampled from {old}x{old} to {grid[0]}x{grid[1]} patches")
-    state[key] = resample_abs_pos_embed(table, list(grid), [old, old], rows)
+    table = table.reshape(1, -1, table.shape[-1])
+    resampled = resample_abs_pos_embed(table, list(grid), [old, old], rows)
+    state[key] = resampled.reshape(wanted.shape)

@@ -6,11 +6,12 @@ import re
 from pathlib import Path
 
 import torch
+from timm.models.byobnet import ByobNet, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from vlx.core.errors import CheckpointError
 from vlx.core.text import Tokenizer
-from vlx.encoders.checkpoint import fit_positions, load_whole, read_weights
+from vlx.encoders.checkpoint import POOLED, check_rows, fit_positions, load_whole, read_weights
 from vlx.encoders.tokenizers import FILE, BpeTokenizer, bpe_bytes
 
 # Pattern of a published name -> ours; of the blocks `\2` is what is inside one.
@@ -49,26 +50,31 @@ _INSIDE = (
     (r"mlp\.c_fc\.", "mlp.fc1."),
     (r"mlp\.c_proj\.", "mlp.fc2."),
 )
-_SCALE = "logit_scale"
+_TOKENS = "text.tokens.weight"
 _NOT_WEIGHTS = ("position_ids", "input_resolution", "context_length", "vocab_size", "attn_mask")
 
 
 def load_clip(towers: nn.Module, logit_scale: nn.Module, path: str) -> None:
     """Load both towers and the temperature from Hugging Face's, OpenAI's or vlx's own names.
 
-    The position table of another image size is resampled. Raises `CheckpointError` naming the keys
-    that do not fit; nothing is loaded then.
+    The position table of another image size is resampled, a ResNet's of its attention pooling too.
+    Raises `CheckpointError` naming the keys that do not fit; nothing is loaded then.
     """
     check_tokenizer(towers.tokenizer, path)  # type: ignore[arg-type]
-    own = {key.removeprefix("towers."): value for key, value in _named(path).items()}
+    backbone = towers.image.backbone  # type: ignore[union-attr]
+    named = _named(path, backbone)  # type: ignore[arg-type]
+    own = {key.removeprefix("towers."): value for key, value in named.items()}
     scale = own.pop("logit_scale", None)
     if scale is None:
         scale = own.pop("logit_scale.log", None)
     if scale is None or not own:
         raise CheckpointError(f"{path} holds no CLIP: no logit_scale, or no towers")
+    state = towers.state_dict()
+    if _TOKENS in state:
+        check_rows(towers.tokenizer, state[_TOKENS], own.get(_TOKENS), path)  # type: ignore[arg-type]
     spec = towers.image.spec  # type: ignore[union-attr]
-    key = "image.vit.pos_embed"
-    fit_positions(towers.state_dict(), own, spec.grid, spec.num_prefix, key)  # type: ignore[arg-type]
+    for key in ("image.vit.pos_embed", f"image.model.{POOLED}"):
+        fit_positions(state, own, spec.grid, spec.num_prefix, key)  # type: ignore[arg-type]
     load_whole(towers, own, path)
     with torch.no_grad():
         logit_scale.log.copy_(scale)  # type: ignore[union-attr, operator]
@@ -86,20 +92,41 @@ def check_tokenizer(tokenizer: Tokenizer, path: str) -> None:
         )
 
 
-def _named(path: str | Path) -> dict[str, Tensor]:
-    """A file's tensors under our names, joint projections and added axes in place."""
+def _named(path: str | Path, backbone: nn.Module) -> dict[str, Tensor]:
+    """A file's tensors under our names, joint projections and added axes in place.
+
+    backbone: of the image tower; timm names a ResNet's tensors for it.
+    """
     state = {k: v for k, v in read_weights(path).items() if not k.endswith(_NOT_WEIGHTS)}
     if any(key.startswith("vision_model.") for key in state):
         state = _joined({_renamed(key, _HF): value for key, value in state.items()})
+    elif "visual.attnpool.c_proj.weight" in state:
+        if not isinstance(backbone, ByobNet):
+            raise CheckpointError(
+                f"{path} holds a CLIP whose image tower is a ResNet, and the encoder is a "
+                f"{type(backbone).__name__}, nothing was loaded: set encoder=clip_rn50 or another "
+                "of timm's CLIP ResNets"
+            )
+        return _resnet(state, backbone)
     elif any(key.startswith("visual.") for key in state):
         state = {_renamed(key, _OPENAI): value.float() for key, value in state.items()}
-        for key in ("image.vit.head.weight", "projection.weight"):
+        for key in state.keys() & {"image.vit.head.weight", "projection.weight"}:
             state[key] = state[key].T.contiguous()  # theirs multiply from the right
     else:
         return state
-    for key in ("image.vit.cls_token", "image.vit.pos_embed"):
+    for key in state.keys() & {"image.vit.cls_token", "image.vit.pos_embed"}:
         state[key] = state[key].reshape(1, -1, state[key].shape[-1])
     return state
+
+
+def _resnet(state: dict[str, Tensor], backbone: ByobNet) -> dict[str, Tensor]:
+    """OpenAI's names of a CLIP whose image tower is a ResNet."""
+    image = checkpoint_filter_fn(state, backbone)
+    text = {key: value for key, value in state.items() if not key.startswith("visual.")}
+    named = {f"image.model.{key}": value for key, value in image.items()}
+    named |= {_renamed(key, _OPENAI): value for key, value in text.items()}
+    named["projection.weight"] = named["projection.weight"].T.contiguous()
+    return {key: value.float() for key, value in named.items()}
 
 
 def _renamed(key: str, table: tuple[tuple[str, str], ...]) -> str:

@@ -1,10 +1,12 @@
-"""What timm knows of its published weights. Imports timm and so torch."""
+"""timm's published weights and what it knows of them. Imports timm and so torch."""
 
 from __future__ import annotations
 
 import timm
 
-from vlx.core.errors import ConfigError, nearest
+from vlx.core.errors import CheckpointError, ConfigError, nearest
+from vlx.encoders.base import VisionEncoder
+from vlx.encoders.config import EncoderConfig
 from vlx.encoders.names import timm_names
 
 
@@ -24,3 +26,36 @@ def published_statistics(name: str) -> tuple[list[float], list[float]] | None:
     if found is None:
         return None
     return [float(value) for value in found.mean], [float(value) for value in found.std]
+
+
+def load_published(encoder: VisionEncoder, cfg: EncoderConfig) -> None:
+    """Load timm's published weights of `cfg.name`, downloading them on first use.
+
+    Raises `ConfigError` when the encoder would see pixels at another scale than they were
+    trained with: a silent fault otherwise. Raises `CheckpointError` where they cannot be fetched.
+    """
+    check_statistics(cfg)
+    try:
+        loaded = encoder.published(cfg)
+    except OSError as error:
+        raise CheckpointError(
+            f"encoder.pretrained: the weights of {cfg.name} are not in the cache and cannot be "
+            "fetched: connect to the network, or set encoder.pretrained=false "
+            "encoder.checkpoint=FILE"
+        ) from error
+    state, own = loaded.state_dict(), encoder.backbone.state_dict()
+    # A projection (`drop_head_bias`) has fewer names than timm's head, and no more.
+    encoder.backbone.load_state_dict({key: state[key] for key in own})
+
+
+def check_statistics(cfg: EncoderConfig) -> None:
+    """Raise `ConfigError` unless mean and std are those of the published weights."""
+    published = timm.get_pretrained_cfg(cfg.name) if timm.is_model(cfg.name) else None
+    if published is None or not published.has_weights:
+        raise ConfigError(f"encoder.pretrained: timm publishes no weights of {cfg.name}")
+    for key, own in (("mean", cfg.mean), ("std", cfg.std)):
+        wanted = [float(value) for value in getattr(published, key)]
+        if any(abs(a - b) > 1e-4 for a, b in zip(own, wanted, strict=True)):
+            raise ConfigError(
+                f"{key}={own} is not that of the weights {cfg.name}: set {key}={wanted} beside name"
+            )

@@ -34,9 +34,10 @@ class TimmBackbone(VisionEncoder):
 
     def __init__(self, cfg: EncoderConfig, num_classes: int = 0, **arguments: Any) -> None:
         super().__init__()
-        self.model = _create(cfg, num_classes, arguments)
+        self.arguments = {"num_classes": num_classes, **arguments}
+        self.model = _create(cfg, **self.arguments)
         with torch.device("meta"), torch.no_grad():
-            probe = _create(cfg, num_classes, arguments).eval()
+            probe = _create(cfg, **self.arguments).eval()
             images = torch.empty(1, 3, cfg.image_size, cfg.image_size)
             shape = probe.forward_features(images)  # type: ignore[operator]
         self.num_prefix = int(getattr(self.model, "num_prefix_tokens", 0))
@@ -90,6 +91,9 @@ class TimmBackbone(VisionEncoder):
         taps = {layer: map_to_tokens(found) for layer, found in zip(layers, maps, strict=True)}
         return EncoderOut(tokens[:, count:], tokens[:, :count], taps, features=features)
 
+    def published(self, cfg: EncoderConfig) -> nn.Module:
+        return _create(cfg, **self.arguments, pretrained=True)
+
     def layer_dims(self) -> list[int]:
         """Of timm's stages. Raises `ConfigError` for a model whose stages timm does not tap."""
         if not hasattr(self.model, "forward_intermediates"):
@@ -109,7 +113,7 @@ def _as_tokens(features: Tensor, dim: int) -> Tensor:
     return features.flatten(1, 2)
 
 
-def _create(cfg: EncoderConfig, num_classes: int, arguments: dict[str, Any]) -> nn.Module:
+def _create(cfg: EncoderConfig, **arguments: Any) -> nn.Module:
     register_backbones(cfg.name)
     if not timm.is_model(cfg.name):
         raise ConfigError(
@@ -122,12 +126,12 @@ def _create(cfg: EncoderConfig, num_classes: int, arguments: dict[str, Any]) -> 
         "num_heads": cfg.heads,
     }
     given = {key: value for key, value in sizes.items() if value is not None} | arguments
-    common = {"num_classes": num_classes, "drop_path_rate": cfg.drop_path}
+    rate = cfg.drop_path
     try:  # only some models are built for one image size, and only these take it
-        return timm.create_model(cfg.name, img_size=cfg.image_size, **common, **given)
+        return timm.create_model(cfg.name, img_size=cfg.image_size, drop_path_rate=rate, **given)
     except TypeError:
         pass
     try:
-        return timm.create_model(cfg.name, **common, **given)
+        return timm.create_model(cfg.name, drop_path_rate=rate, **given)
     except (TypeError, AssertionError, RuntimeError, ValueError) as error:
         raise ConfigError(f"encoder.name={cfg.name} does not take {given}: {error}") from error

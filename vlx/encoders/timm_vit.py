@@ -131,6 +131,10 @@ class TimmVit(VisionEncoder):
     def check_hooks(self) -> None:
         check_blocks(self.vit.blocks, type(self.vit).__name__)
 
+    def published(self, cfg: EncoderConfig) -> nn.Module:
+        arguments = create_arguments(cfg, self.vit.num_classes)
+        return timm.create_model(cfg.name, pretrained=True, **arguments)
+
     def drop_head_bias(self) -> None:
         if isinstance(self.vit.head, nn.Linear):
             self.vit.head.register_parameter("bias", None)
@@ -167,33 +171,6 @@ def create_arguments(cfg: EncoderConfig, num_classes: int = 0) -> dict[str, Any]
     if num_classes:
         return {"num_classes": num_classes, **sizes}
     return {"num_classes": 0, "global_pool": "token", **sizes}
-
-
-def load_published(encoder: VisionEncoder, cfg: EncoderConfig) -> None:
-    """Load timm's published weights of `cfg.name`, downloading them on first use.
-
-    Raises `ConfigError` when the encoder would see pixels at another scale than they were
-    trained with: a silent fault otherwise.
-    """
-    if not isinstance(encoder, TimmVit):
-        raise ConfigError(f"encoder.pretrained: timm publishes no weights of {cfg.name}")
-    check_statistics(cfg)
-    arguments = create_arguments(cfg, encoder.vit.num_classes)
-    loaded = timm.create_model(cfg.name, pretrained=True, **arguments)
-    encoder.vit.load_state_dict(loaded.state_dict())
-
-
-def check_statistics(cfg: EncoderConfig) -> None:
-    """Raise `ConfigError` unless mean and std are those of the published weights."""
-    published = timm.get_pretrained_cfg(cfg.name)
-    if published is None:
-        raise ConfigError(f"encoder.pretrained: timm publishes no weights of {cfg.name}")
-    for key, own in (("mean", cfg.mean), ("std", cfg.std)):
-        wanted = [float(value) for value in getattr(published, key)]
-        if any(abs(a - b) > 1e-4 for a, b in zip(own, wanted, strict=True)):
-            raise ConfigError(
-                f"{key}={own} is not that of the weights {cfg.name}: set {key}={wanted} beside name"
-            )
 
 
 def _create(cfg: EncoderConfig, num_classes: int) -> VisionTransformer:

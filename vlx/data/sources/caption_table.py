@@ -41,7 +41,7 @@ class CaptionTable(CaptionedFiles):
         index = listing_index([file, *([images] if images else [])], words, read)
         # Flickr8k's archives unpack to two folders side by side: the texts and the images.
         above = file.parent.parent if file.name in _TOKENS else file.parent
-        super().__init__(index, file, _image_folders(file.parent, above), split)
+        super().__init__(index, file, _image_folders(file.parent, above), split, cfg.mirror_safe)
 
 
 def _image_folders(folder: Path, above: Path) -> Iterator[Path]:

@@ -30,7 +30,7 @@ class CocoCaptions(CaptionedFiles):
         file = _find(cfg, split)
         column = cfg.caption_column
         index = listing_index([file], [column, split], lambda: _read(file, split, column))
-        super().__init__(index, file, _image_folders(file), split)
+        super().__init__(index, file, _image_folders(file), split, cfg.mirror_safe)
 
 
 def _find(cfg: DataConfig, split: str) -> Path:

@@ -52,6 +52,7 @@ class Folder:
             fields=("image", "label") if names else ("image",),
             class_names=names,
             fingerprint=self._fingerprint(split),
+            mirror_safe=cfg.mirror_safe,
         )
 
     def __len__(self) -> int:

@@ -69,6 +69,7 @@ class Parquet:
             ),
             class_names=names,
             fingerprint=_fingerprint(files),
+            mirror_safe=cfg.mirror_safe,
         )
         if captions:
             self._texts = table.select_columns([captions]).with_format("arrow")
@@ -80,11 +81,15 @@ class Parquet:
     def read(self, index: int) -> Sample:
         image = self._images[index][self._image_column]
         if isinstance(image, dict):
-            data = image["bytes"]
-            image = data if data is not None else Path(image["path"]).read_bytes()
+            data, path = image["bytes"], image["path"]
+            image = data if data is not None or path is None else Path(path).read_bytes()
+        if image is None:
+            raise ValueError("no image")
         sample: Sample = {"image": image}
         if self._labels is not None:
             sample["label"] = int(self._labels[index])
+            if sample["label"] < 0:
+                raise ValueError("no label, where other samples have one")
         if self._caption_column is not None:
             sample["caption"] = self.captions(index)
         return sample

@@ -32,7 +32,7 @@ from vlx.data.source import Sample, SourceInfo
 
 log = logging.getLogger("vlx")
 _IMAGES = ("jpg", "jpeg", "png", "webp")
-_VERSION = "2"
+_VERSION = "3"
 _BLOCK = 512  # of a tar
 _NOWHERE = (0, -1)  # the place of a member that is not there
 _MAX_SEEN = 1000  # names kept to suggest one
@@ -46,8 +46,8 @@ class WebDataset:
     split's name, local ones may hold `*`. A sample is the members of one key:
     .jpg .jpeg .png .webp, .cls or .json {"label": ...}, and a caption: .txt, or else .json
     {"caption": a text or a list of them}. `data.caption_column` names another member or key. Of a
-    truncated shard the whole samples are used; the cut stands in the index as one sample that
-    cannot be read, so that it is counted.
+    member that comes twice in a shard the first holds. Of a truncated shard the whole samples are
+    used; the cut stands in the index as one sample that cannot be read, so that it is counted.
     """
 
     def __init__(self, cfg: DataConfig, split: str) -> None:
@@ -83,6 +83,7 @@ class WebDataset:
             ),
             class_names=names,
             fingerprint=self._index.meta["digest"],
+            mirror_safe=cfg.mirror_safe,
             extra={"shards": str(len(self._shards))},
         )
 
@@ -208,6 +209,8 @@ class _Building:
     captions_in_json: list[bool] = field(default_factory=list)
     damage: dict[str, str] = field(default_factory=dict)
     left_out: LeftOut = field(default_factory=LeftOut)
+    repeated: list[str] = field(default_factory=list)
+    """Members whose name came before in their shard."""
     seen: set[str] = field(default_factory=set)
     """Suffixes of members and keys of JSON: what a caption column may be meant to be."""
 
@@ -239,7 +242,10 @@ class _Building:
         arrays["caption_in_json"] = np.array(self.captions_in_json, dtype=bool)
         arrays["labels"] = codes
         meta = {"values": values.tolist(), "damage": self.damage, "digest": content}
-        meta |= {"left_out": str(self.left_out), "seen": sorted(self.seen)}
+        notes = [str(self.left_out)] if self.left_out.count else []
+        if self.repeated:
+            notes.append(f"{len(self.repeated)} repeated members (first: {self.repeated[0]})")
+        meta |= {"left_out": "; ".join(notes), "seen": sorted(self.seen)}
         return Index(arrays, meta)
 
 
@@ -268,7 +274,7 @@ class _Columns(NamedTuple):
 
 
 def _scan(building: _Building, number: int, shard: Path, columns: _Columns) -> None:
-    group = _Group()
+    group, names = _Group(), set[str]()
 
     def finish() -> None:
         if group.image is not None:
@@ -278,6 +284,10 @@ def _scan(building: _Building, number: int, shard: Path, columns: _Columns) -> N
 
     try:
         for member, data in _members(shard):
+            if member.name in names:
+                building.repeated.append(f"{shard.name}: {member.name}")
+                continue
+            names.add(member.name)
             key, suffix = _key(member.name)
             if key != group.key:
                 finish()
