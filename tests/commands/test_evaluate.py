@@ -83,7 +83,11 @@ def test_what_cannot_be_evaluated_says_so(here: Path, smoke_run: Path, monkeypat
     save_file({"blocks.0.norm1.weight": torch.ones(3)}, weights)
     with pytest.raises(CheckpointError, match="does not fit the encoder"):
         evaluate("knn", f"encoder.checkpoint={weights}")
-    assert read_record(Path("runs/evaluated")).state == "failed"
+    failed = read_record(Path("runs/evaluated"))
+    assert failed.state == "failed"
+    with pytest.raises(CheckpointError, match="does not fit the encoder"):
+        evaluate("knn", f"encoder.checkpoint={weights}")  # the name is free again
+    assert read_record(Path("runs/evaluated")).wandb_id != failed.wandb_id
     with pytest.raises(CheckpointError, match="needs more than an encoder"):
         start(
             Line(

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any
 
 from vlx.core.errors import ConfigError, StorageError, VlxError
 from vlx.core.files import write_json
+from vlx.core.results import FILE_NAME
 
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
@@ -121,7 +123,11 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def make_run_dir(runs_dir: str, name: str | None, slug: str, seed: int) -> Path:
-    """A new directory; an existing one, or an unwritable parent, raises `VlxError`."""
+    """A new directory; an existing one, or an unwritable parent, raises `VlxError`.
+
+    The name of a run that failed before its first checkpoint is free again: there is nothing to go
+    on with.
+    """
     root = Path(runs_dir).expanduser()
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     names = (
@@ -132,6 +138,8 @@ def make_run_dir(runs_dir: str, name: str | None, slug: str, seed: int) -> Path:
     for candidate in names:
         path = root / candidate
         try:
+            if name and _came_to_nothing(path):
+                shutil.rmtree(path)
             path.mkdir(parents=True)
             return path
         except FileExistsError:
@@ -139,6 +147,14 @@ def make_run_dir(runs_dir: str, name: str | None, slug: str, seed: int) -> Path:
         except OSError as error:
             raise StorageError(f"cannot make {path}: {error.strerror}. Set runs_dir=DIR") from error
     raise VlxError(f"{root / names[0]} exists. `vlx resume` goes on with it; or choose name=OTHER")
+
+
+def _came_to_nothing(run_dir: Path) -> bool:
+    """Whether a run failed here and left neither weights nor numbers."""
+    if not (run_dir / RUN_FILE).is_file() or is_locked(run_dir):
+        return False
+    left = any((run_dir / name).exists() for name in ("checkpoints", "metrics.jsonl", FILE_NAME))
+    return read_record(run_dir).state == "failed" and not left
 
 
 @contextmanager

@@ -80,7 +80,8 @@ def _train(cfg: TextConfig, source: Source) -> BpeTokenizer:
     if not isinstance(source, Captioned) or "caption" not in source.info.fields:
         fields = ", ".join(source.info.fields)
         raise DataError(
-            f"text.tokenizer=bpe is trained on captions, and {source.info.name} has {fields}"
+            f"text.tokenizer=bpe is trained on captions, and {source.info.name} has {fields}: "
+            "set text.tokenizer to a run of vlx align, to a tokenizer's directory, or to clip"
         )
     content = hashlib.sha256()
     texts = list(_all(source))
