@@ -324,7 +324,11 @@ def test_a_field_that_the_source_lacks_is_named(tmp_path: Path) -> None:
 
 
 def evaluated(cfg: DataConfig, split: str, **keys) -> list[Batch]:
-    line = EvalPipeline(
+    return list(evaluation(cfg, split, **keys).batches())
+
+
+def evaluation(cfg: DataConfig, split: str, **keys) -> EvalPipeline:
+    return EvalPipeline(
         open_source(cfg, split),
         evaluation_view(1.0),
         cfg=cfg,
@@ -332,7 +336,6 @@ def evaluated(cfg: DataConfig, split: str, **keys) -> list[Batch]:
         device=CPU,
         **{"batch_size": 5, **keys},
     )
-    return list(line.batches())
 
 
 @pytest.mark.parametrize(
@@ -365,6 +368,16 @@ def test_evaluation_shares_cover_the_split_with_equally_many_batches(
     assert len({len(part) for part in parts}) == 1
     seen = {i for part in parts for batch in part for i in batch["sample_id"].tolist()}
     assert seen == set(range(24)) - {0, 5, 10}
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_every_sample_is_of_one_share_once(with_damage: DataConfig, world: int) -> None:
+    found = []
+    for rank in range(world):
+        line = evaluation(with_damage, "train", rank=rank, world=world)
+        ids = [batch["sample_id"] for batch in line.batches()]
+        found += [i for batch in ids for i in batch[line.own(batch)].tolist()]
+    assert sorted(found) == sorted(set(range(24)) - {0, 5, 10})
 
 
 # --- sizes

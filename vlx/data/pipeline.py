@@ -310,10 +310,14 @@ class EvalPipeline:
         self.rank, self.world = rank, world
         self.bad = BadSamples(len(source), cfg.corrupt_limit)
 
+    def own(self, ids: Tensor) -> Tensor:
+        """(B,) bool: which samples of a batch are of this process's share, not repeated to fill."""
+        return ids // self.batch_size % self.world == self.rank
+
     def batches(self) -> Iterator[Batch]:
         """Batches of this process's share, with `sample_id` and, where there are any, `label`.
 
-        Every process yields equally many batches; the last ones may repeat samples of the share.
+        Every process yields equally many batches; the last may repeat a sample: see `own`.
         """
         rounds = -(-len(self.source) // (self.batch_size * self.world))
         starts = [(r * self.world + self.rank) * self.batch_size for r in range(rounds)]
