@@ -19,9 +19,11 @@ from vlx.commands.start import Line, start
 from vlx.core.errors import ConfigError
 from vlx.core.results import read_results
 from vlx.encoders.checkpoint import read_best, read_weights
+from vlx.engine.evaluate import Outcome, run_evaluators
 from vlx.engine.loop import Trainer
 from vlx.engine.run import Run
 from vlx.engine.swad import LossValley, RunningMean, Swad, ValleyMean
+from vlx.evals.base import EvalData, Subject
 from vlx.track.jsonl import read_metrics
 
 VALLEY = [1.0, 0.7, 0.5, 0.55, 0.6, 0.52, 0.7]
@@ -237,13 +239,27 @@ def scores(run_dir: Path) -> Iterator[tuple[str, float, int]]:
         yield metric.name, metric.value, metric.num_samples
 
 
-def test_vl2v_adip_runs_its_two_stages_as_the_paper_does(tmp_path: Path) -> None:
+def test_vl2v_adip_runs_its_two_stages_as_the_paper_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, float]] = []
+
+    def evaluate(names: list[str], subject: Subject, data: EvalData, **keys: Any) -> Outcome:
+        outcome = run_evaluators(names, subject, data, **keys)
+        seen.append((outcome.metrics[0].split, outcome.metrics[0].num_samples))
+        return outcome
+
+    monkeypatch.setattr("vlx.engine.run.run_evaluators", evaluate)
     aligned = make_run(tmp_path, "aligned", *GLYPHS, slug="vl2v-adip")
     assert run_here(aligned)[0] == 0
     records = read_metrics(aligned / "metrics.jsonl")
     losses = [r["val/classification/loss"] for r in records if "val/classification/loss" in r]
     assert final(aligned).swad["losses"].tolist() == losses
     assert len(losses) == 3
+    held_out = seen[0]
+    assert held_out[0] == "glyphs/train:DejaVuSans+DejaVuSerif:test"
+    assert seen[:3] == [held_out] * 3
+    assert [split for split, _ in seen[3:]] == ["glyphs/test"]
     best = read_best(aligned)
     assert best is not None
     words = ("method.stage=distil", f"method.projection={aligned}")

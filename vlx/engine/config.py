@@ -129,7 +129,8 @@ class TrainConfig:
     """Keep an exponential moving average of the weights; null keeps none."""
     swad: str | None = None
     """Average the weights over the valley of this loss, a metric of the evaluations during training
-    on data.val_split: classification/loss (SWAD, Cha et al. 2021). null averages none."""
+    on data.val_split: classification/loss (SWAD, Cha et al. 2021). null averages none. Keeps one
+    more copy of what is trained on the device, and up to six on the host and in a checkpoint."""
     device: Device = Device.auto
     """auto takes a GPU where there is one."""
     deterministic: bool = False

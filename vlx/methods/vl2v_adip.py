@@ -11,13 +11,15 @@ Leave-one-domain-out is a matter of the splits (glyphs: data.train_split=train:F
 data.test_split=test:FACE), with a first stage of its own for each domain left out.
 A batch has as many images of each training domain (data.balance_domains). Both stages end with
 SWAD's average (train.swad), chosen by held-out parts of the training domains (data.val_split); the
-second starts from the single model of the first that was best on them (train.keep_best).
+second starts from the single model of the first that was best on them (train.keep_best; in the
+reference, of those after 1000 steps).
 Departures: each model normalises images with its own statistics, where the reference code gives
 CLIP ImageNet's. Validation is the mean over all held-out images, there of the domains' means, first
 after 200 steps, there also after one; a fifth is held out by a hash, there at random. A run goes on
-when the valley has ended, and every segment of SWAD ends with its evaluation; the reference's
-second stage lets a segment run on (reset after 3000, 4000 and 5000 steps alone), and counts some
-segments twice. `cross_entropy` and `kl` are baselines of ours over the same cosine logits.
+when the valley has ended. Of the segments that SWAD averages the reference counts the first ones
+twice or more, and its second stage lets a segment run on over evaluations (reset after 3000, 4000
+and 5000 steps alone); here each ends with its evaluation and counts once, as the rule says.
+`cross_entropy` and `kl` are baselines of ours over the same cosine logits.
 """
 
 from __future__ import annotations
