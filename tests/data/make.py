@@ -60,6 +60,17 @@ def image_tree(
     return root
 
 
+def domain_tree(root: Path, sizes: dict[str, int]) -> Path:
+    """root/DOMAIN/{ant,bee}/NUMBER.png; so many of each class in each domain."""
+    for d, (domain, count) in enumerate(sizes.items()):
+        for c, name in enumerate(("ant", "bee")):
+            folder = root / domain / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                (folder / f"{i:03d}.png").write_bytes(encode(picture(d * 1000 + c * 100 + i)))
+    return root
+
+
 def add_to_tar(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(data)

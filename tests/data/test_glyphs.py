@@ -75,13 +75,12 @@ def test_every_picture_is_small_grey_inked_and_the_same_each_time() -> None:
 
 def test_a_sample_is_a_character_that_its_face_has() -> None:
     source = opened("all", "faces=DejaVuSans+DejaVuSansMono-Bold+DejaVuSerif-Italic")
-    assert source.domain_names == ("DejaVuSans", "DejaVuSansMono-Bold", "DejaVuSerif-Italic")
-    assert source.info.extra["domains"] == "DejaVuSans, DejaVuSansMono-Bold, DejaVuSerif-Italic"
+    assert source.info.domain_names == ("DejaVuSans", "DejaVuSansMono-Bold", "DejaVuSerif-Italic")
     domains = source.domains()
     assert domains.dtype == np.int64
     assert len(domains) == len(source)
     drawn = np.array(characters(source))
-    for domain, face in enumerate(source.domain_names):
+    for domain, face in enumerate(source.info.domain_names):
         has = TTFont(face_files()[face], lazy=True).getBestCmap()
         here = drawn[domains == domain]
         assert len(here) == len(set(here)) > 1000
@@ -90,8 +89,8 @@ def test_a_sample_is_a_character_that_its_face_has() -> None:
 
 def test_no_character_is_in_both_splits_whatever_the_faces() -> None:
     train, test = opened("train:DejaVuSans+DejaVuSerif"), opened("test:DejaVuSansMono-Bold")
-    assert train.domain_names == ("DejaVuSans", "DejaVuSerif")
-    assert test.domain_names == ("DejaVuSansMono-Bold",)
+    assert train.info.domain_names == ("DejaVuSans", "DejaVuSerif")
+    assert test.info.domain_names == ("DejaVuSansMono-Bold",)
     assert set(characters(train)).isdisjoint(characters(test))
     everything = opened("all:DejaVuSansMono-Bold")
     rest = opened("train:DejaVuSansMono-Bold")

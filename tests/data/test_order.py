@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vlx.data.order import permute, repeated, replacement
+from vlx.data.order import balanced, permute, repeated, replacement
 
 
 @pytest.mark.parametrize(
@@ -114,3 +114,31 @@ def test_repeats_show_every_sample_over_the_epochs() -> None:
     seen = [set(repeated(np.arange(n), n, 0, e, repeats)[0].tolist()) for e in range(epochs)]
     assert seen[0] != seen[1]
     assert set().union(*seen) == set(range(n))  # a sample is missed with probability (2/3)^40
+
+
+# Three domains of 7, 2 and 7 samples, not in order.
+DOMAINS = [np.arange(0, 14, 2), np.array([14, 15]), np.arange(1, 14, 2)]
+
+
+def test_every_batch_has_equally_many_of_each_domain_and_each_goes_round_by_itself() -> None:
+    index, rounds = balanced(np.arange(3 * 42), DOMAINS, 5)
+    for batch in index.reshape(-1, 6):
+        assert [int(np.isin(batch, own).sum()) for own in DOMAINS] == [2, 2, 2]
+    for own, times in zip(DOMAINS, (6, 21, 6)):
+        seen, when = index[np.isin(index, own)], rounds[np.isin(index, own)]
+        np.testing.assert_array_equal(when, np.repeat(np.arange(times), len(own)))
+        for lap in seen.reshape(times, len(own)):
+            np.testing.assert_array_equal(np.sort(lap), own)
+        assert len({tuple(lap) for lap in seen.reshape(times, len(own)).tolist()}) > 1
+
+
+def test_domains_of_one_size_have_orders_of_their_own() -> None:
+    index, _ = balanced(np.arange(0, 300), [np.arange(100), np.arange(100, 200)], 0)
+    assert (index[::2] == index[1::2] - 100).mean() < 0.1
+
+
+def test_a_balanced_position_does_not_depend_on_what_is_asked_with_it() -> None:
+    whole = balanced(np.arange(1000), DOMAINS, 1)
+    for part in (np.array([7]), np.array([999, 3]), np.arange(500, 600)):
+        for mine, all_of_it in zip(balanced(part, DOMAINS, 1), whole):
+            np.testing.assert_array_equal(mine, all_of_it[part])

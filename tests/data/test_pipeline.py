@@ -16,6 +16,7 @@ from tests.data.make import (
     CROP_AND_FLIP,
     HTML,
     config,
+    domain_tree,
     encode,
     image_tree,
     picture,
@@ -42,8 +43,14 @@ def folder(root: Path, damaged: int = 0, **keys) -> DataConfig:
     return config(source="folder", path=str(root), **{"corrupt_limit": 0.2, **keys})
 
 
-def pipeline(cfg: DataConfig, batch_size: int = 6, needs: Needs = CROP_AND_FLIP, **share):
-    source = open_source(cfg, "train")
+def pipeline(
+    cfg: DataConfig,
+    batch_size: int = 6,
+    needs: Needs = CROP_AND_FLIP,
+    split: str = "train",
+    **share,
+):
+    source = open_source(cfg, split)
     return TrainPipeline(
         source,
         needs,
@@ -191,6 +198,72 @@ def test_repeats_below_one_are_refused(tmp_path: Path) -> None:
         pipeline(folder(tmp_path, repeats=0))
 
 
+def balanced(root: Path, **keys) -> DataConfig:
+    """Domains of 20, 6 and 12 samples, balanced."""
+    if not root.is_dir():
+        domain_tree(root, {"photo": 10, "art": 3, "sketch": 6})
+    keys = {"train_split": "photo+art+sketch", "balance_domains": True, **keys}
+    return config(source="folder", path=str(root), **keys)
+
+
+def balanced_pipeline(cfg: DataConfig, batch_size: int = 12, **share) -> TrainPipeline:
+    return pipeline(cfg, batch_size, split=cfg.train_split, **share)
+
+
+@pytest.mark.parametrize("resident", [Resident.never, Resident.always])
+def test_balanced_batches_have_equally_many_of_each_domain_and_new_views(
+    tmp_path: Path, resident: Resident
+) -> None:
+    line = balanced_pipeline(balanced(tmp_path / "d", resident=resident))
+    domains = np.repeat([0, 1, 2], [20, 6, 12])
+    batches = list(line.batches(0, 5))
+    for batch in batches:
+        assert np.bincount(domains[batch["sample_id"].numpy()]).tolist() == [4, 4, 4]
+    ids = torch.cat([batch["sample_id"] for batch in batches])
+    counts = ids.bincount(minlength=38)
+    assert counts[:20].tolist() == [1] * 20
+    assert sorted(counts[20:26].tolist()) == [3, 3, 3, 3, 4, 4]
+    assert sorted(counts[26:].tolist()) == [1] * 4 + [2] * 8
+    images = torch.cat([batch["image"] for batch in batches])
+    assert len(images.flatten(1).unique(dim=0)) == len(images)  # nor in one epoch
+
+
+def test_balanced_batches_are_the_same_for_any_workers_start_and_residence(tmp_path: Path) -> None:
+    cfg = balanced(tmp_path / "d", resident=Resident.never)
+    expected = list(balanced_pipeline(cfg).batches(0, 10))
+    for changed in ({"workers": 2}, {"resident": Resident.always}):
+        assert_equal(list(balanced_pipeline(replace(cfg, **changed)).batches(0, 10)), expected)
+    for start in (1, 4, 7):
+        assert_equal(list(balanced_pipeline(cfg).batches(start, 10)), expected[start:])
+
+
+@pytest.mark.parametrize(("world", "accumulate"), [(2, 1), (1, 4), (3, 2)])
+def test_balanced_batches_are_the_same_for_any_split_of_the_batch(
+    tmp_path: Path, world: int, accumulate: int
+) -> None:
+    cfg = balanced(tmp_path / "d")
+    expected = list(balanced_pipeline(cfg).batches(0, 4))
+    parts = [
+        list(balanced_pipeline(cfg, rank=r, world=world, accumulate=accumulate).batches(0, 4))
+        for r in range(world)
+    ]
+    for step, whole in enumerate(expected):
+        pieces = [
+            parts[r][step * accumulate + micro] for micro in range(accumulate) for r in range(world)
+        ]
+        for key, value in whole.items():
+            assert torch.equal(torch.cat([piece[key] for piece in pieces]), value), key
+
+
+def test_what_cannot_be_balanced_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"batch_size=10 is no multiple of the 3 domains of d/"):
+        balanced_pipeline(balanced(tmp_path / "d"), 10)
+    with pytest.raises(ConfigError, match=r"d/photo/photo knows no domains"):
+        balanced_pipeline(balanced(tmp_path / "d", train_split="photo"))
+    with pytest.raises(ConfigError, match=r"repeats and data\.balance_domains exclude"):
+        balanced_pipeline(balanced(tmp_path / "d", repeats=2))
+
+
 def test_damaged_samples_are_replaced_counted_and_named(
     with_damage: DataConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -251,7 +324,11 @@ def test_a_field_that_the_source_lacks_is_named(tmp_path: Path) -> None:
 
 
 def evaluated(cfg: DataConfig, split: str, **keys) -> list[Batch]:
-    line = EvalPipeline(
+    return list(evaluation(cfg, split, **keys).batches())
+
+
+def evaluation(cfg: DataConfig, split: str, **keys) -> EvalPipeline:
+    return EvalPipeline(
         open_source(cfg, split),
         evaluation_view(1.0),
         cfg=cfg,
@@ -259,7 +336,6 @@ def evaluated(cfg: DataConfig, split: str, **keys) -> list[Batch]:
         device=CPU,
         **{"batch_size": 5, **keys},
     )
-    return list(line.batches())
 
 
 @pytest.mark.parametrize(
@@ -292,6 +368,16 @@ def test_evaluation_shares_cover_the_split_with_equally_many_batches(
     assert len({len(part) for part in parts}) == 1
     seen = {i for part in parts for batch in part for i in batch["sample_id"].tolist()}
     assert seen == set(range(24)) - {0, 5, 10}
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_every_sample_is_of_one_share_once(with_damage: DataConfig, world: int) -> None:
+    found = []
+    for rank in range(world):
+        line = evaluation(with_damage, "train", rank=rank, world=world)
+        ids = [batch["sample_id"] for batch in line.batches()]
+        found += [i for batch in ids for i in batch[line.own(batch)].tolist()]
+    assert sorted(found) == sorted(set(range(24)) - {0, 5, 10})
 
 
 # --- sizes

@@ -11,6 +11,7 @@ import pickle
 import shutil
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,13 +22,22 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import SHARED_DATA
-from tests.data.make import add_to_tar, config, encode, image_tree, picture, shard
+from tests.data.make import (
+    add_to_tar,
+    config,
+    domain_tree,
+    encode,
+    image_tree,
+    picture,
+    shard,
+)
 from vlx.core.errors import DataError
 from vlx.data.cache import Index, cached_index
 from vlx.data.config import DataConfig
 from vlx.data.decode import decode_image
 from vlx.data.labels import class_indices
 from vlx.data.open import SOURCES, open_source
+from vlx.data.source import WithDomains
 from vlx.data.sources.webdataset import expand_braces
 
 EMBEDDED = ("digits", "glyphs", "scenes", "torchvision")
@@ -94,6 +104,64 @@ def test_a_missing_split_says_what_to_type(tmp_path: Path) -> None:
     (tmp_path / "test").rename(tmp_path / "val")
     with pytest.raises(DataError, match=r"no folder 'test', but train, val\. .*test_split=val"):
         open_source(config(source="folder", path=str(tmp_path)), "test")
+
+
+def test_folders_joined_by_a_plus_are_domains_of_one_source(tmp_path: Path) -> None:
+    root = domain_tree(tmp_path / "pacs", {"photo": 3, "art": 2, "sketch": 4})
+    (root / "art" / "cow").mkdir()
+    keys = {"source": "folder", "path": str(root), "train_split": "photo+art"}
+    source = open_source(config(**keys), "photo+art")
+    assert (len(source), source.info.name, source.info.split) == (10, "pacs", "photo+art")
+    assert source.info.domain_names == ("photo", "art")
+    assert isinstance(source, WithDomains)
+    assert source.domains().tolist() == [0] * 6 + [1] * 4
+    # Classes are those of all training folders, in every split.
+    test = open_source(config(**keys, test_split="sketch"), "sketch")
+    assert source.info.class_names == test.info.class_names == ("ant", "bee", "cow")
+    assert np.asarray(source.labels()).tolist() == [0] * 3 + [1] * 3 + [0] * 2 + [1] * 2
+    for index, (file, number) in {5: ("photo/bee/002", 102), 6: ("art/ant/000", 1000)}.items():
+        assert source.describe(index) == str(root / f"{file}.png")
+        np.testing.assert_array_equal(pixels(source, index), picture(number))
+        assert source.read(index)["label"] == np.asarray(source.labels())[index]
+    with pytest.raises(DataError, match=r"no folder 'arts'\. Did you mean art"):
+        open_source(config(**keys), "photo+arts")
+    (root / "sketch" / "dog").mkdir()
+    with pytest.raises(DataError, match=r"class folders that photo\+art lacks: dog"):
+        open_source(config(**keys, test_split="sketch"), "sketch")
+
+
+def test_folders_that_are_joined_have_the_same_fields(tmp_path: Path) -> None:
+    root = domain_tree(tmp_path / "pacs", {"photo": 3})
+    (root / "loose").mkdir()
+    (root / "loose" / "a.png").write_bytes(encode(picture(0)))
+    cfg = config(source="folder", path=str(root), train_split="photo")
+    with pytest.raises(DataError, match=r"pacs/loose \(loose\) has other classes or fields"):
+        open_source(cfg, "photo+loose")
+
+
+def test_a_fifth_of_joined_folders_is_held_out_by_file_wherever_they_lie(tmp_path: Path) -> None:
+    sides: list[dict[str, set[str]]] = []
+    for place in ("here", "there"):
+        root = domain_tree(tmp_path / place / "pacs", {"photo": 40, "art": 30})
+        cfg = config(source="folder", path=str(root), train_split="photo+art", split_column="file")
+        found = {side: open_source(cfg, f"photo+art:{side}") for side in ("train", "test")}
+        for source in found.values():  # labels and domains follow
+            for i in range(0, len(source), 7):
+                parts = Path(source.describe(i)).parts
+                assert isinstance(source, WithDomains)
+                assert source.info.domain_names[source.domains()[i]] == parts[-3]
+                assert source.info.class_names[np.asarray(source.labels())[i]] == parts[-2]
+        names = {
+            side: {source.describe(i).removeprefix(str(root)) for i in range(len(source))}
+            for side, source in found.items()
+        }
+        assert not names["train"] & names["test"]
+        assert len(names["train"] | names["test"]) == 140
+        assert 15 <= len(names["test"]) <= 45
+        sides.append(names)
+    assert sides[0] == sides[1]
+    with pytest.raises(DataError, match="has no column 'name'"):
+        open_source(replace(cfg, split_column="name"), "photo:test")
 
 
 def test_a_tree_without_splits_is_split_by_name(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ def final(run_dir: Path) -> checkpoint.Snapshot:
 def tensors(snapshot: checkpoint.Snapshot) -> dict[str, Tensor]:
     """Weights, optimizer state and averages under one namespace."""
     parts = {"model": snapshot.model, "optimizer": snapshot.optimizer, "ema": snapshot.ema}
+    parts["swad"] = snapshot.swad
     return {f"{part}:{name}": t for part, found in parts.items() for name, t in found.items()}
 
 

@@ -17,7 +17,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from vlx.core.capability import Capability, ImageFeatures, Reconstruction
+from vlx.core.capability import Capability, ClassLogits, ImageFeatures, Reconstruction
 from vlx.core.errors import ConfigError, VlxError
 from vlx.core.method import StepContext
 from vlx.data.config import DataConfig
@@ -49,6 +49,14 @@ class Painter(Reconstruction):
         painted = images.clone()
         painted[..., : images.shape[-1] // 2] = 0.5
         return painted, painted
+
+
+class Linear(ClassLogits):
+    """Ten random linear functions of the pixels."""
+
+    def class_logits(self, images: Tensor) -> Tensor:
+        weight = torch.randn(10, 192, generator=torch.Generator().manual_seed(0))
+        return 3 * images.flatten(1) @ weight.T
 
 
 def subject() -> Subject:
@@ -83,6 +91,18 @@ def predictions(train: Features, test: Features) -> tuple[Tensor, Tensor]:
     mean, std = train.features.mean(0), train.features.std(0)
     weight, bias = fit_logistic((train.features - mean) / std, train.labels, 10)
     return nearest, ((test.features - mean) / std @ weight.T + bias).argmax(1)
+
+
+@pytest.mark.parametrize("batch_size", [7, 512])
+def test_classification_reports_the_mean_cross_entropy(batch_size: int) -> None:
+    data = eval_data(batch_size)
+    found = evaluator("classification").run(Subject("test", (Linear(),)), data)
+    images = torch.cat([batch["image"] for batch in data.pipeline("test").batches()])
+    logits, labels = Linear().class_logits(images), np.asarray(data.source("test").labels())
+    own = logits.double().log_softmax(1)[range(len(labels)), labels]
+    assert found.metrics["loss"] == pytest.approx(-float(own.mean()), rel=1e-6)
+    assert found.metrics["top1"] == np.mean(logits.argmax(1).numpy() == labels)
+    assert found.units == {"loss": "nats"}
 
 
 # Invariance

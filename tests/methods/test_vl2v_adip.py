@@ -298,3 +298,6 @@ def test_the_papers_values() -> None:
     assert (cfg.optim.lr, cfg.optim.weight_decay) == (5e-5, 0.0)
     assert (cfg.train.steps, cfg.train.batch_size) == (5001, 96)
     assert cfg.method.image_ratio == 0.5
+    assert (cfg.eval.every_steps, cfg.train.swad) == (200, "classification/loss")
+    assert (cfg.data.balance_domains, cfg.train.keep_best) == (True, "classification/top1")
+    assert cfg.data.val_split == cfg.data.train_split.removesuffix("train") + "test"

@@ -88,7 +88,8 @@ def show(name: str, overrides: Sequence[str], check: int, console: Console) -> N
     bad: list[str] = []
     lines: list[str] = []
     names: tuple[str, ...] = ()
-    for split in dict.fromkeys((cfg.train_split, cfg.test_split)):
+    splits = (cfg.train_split, cfg.val_split, cfg.test_split)
+    for split in dict.fromkeys(name for name in splits if name is not None):
         try:
             source = open_source(cfg, split)
         except DataError as error:

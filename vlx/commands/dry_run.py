@@ -120,7 +120,8 @@ def measure_evaluation(cfg: RunConfig) -> DryRun:
 
 def memory_bytes(report: DryRun, cfg: RunConfig, processes: int = 1) -> int:
     """An estimate of one process's memory: weights, gradients, optimizer state, activations."""
-    copies = 2 + _OPTIMIZER_COPIES[cfg.optim.name] + (cfg.train.ema_decay is not None)
+    averages = cfg.train.ema_decay is not None or cfg.train.swad is not None
+    copies = 2 + _OPTIMIZER_COPIES[cfg.optim.name] + averages
     micro = cfg.train.batch_size // (processes * cfg.train.accumulate)
     weights = report.trainable_params * 4 * copies
     frozen = (report.total_params - report.trainable_params) * 4

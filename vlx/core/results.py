@@ -30,7 +30,7 @@ class Metric:
     protocol: str
     """`<name>@<version>` of the evaluation protocol."""
     weights: str
-    """trained, untrained or ema."""
+    """trained, untrained, ema or swad."""
 
 
 @dataclass(kw_only=True)

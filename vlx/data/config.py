@@ -32,6 +32,9 @@ class DataConfig:
     """Split to train on, in the source's own words."""
     test_split: str = "test"
     """Split to evaluate on, in the source's own words."""
+    val_split: str | None = None
+    """Split that evaluations during training are on, in the source's own words; null takes the test
+    split. Held-out fifths of the training split: train_split=NAME:train, val_split=NAME:test."""
     image_column: str = "image"
     """Column (or file extension) that holds the image."""
     label_column: str = "label"
@@ -40,7 +43,7 @@ class DataConfig:
     """Column (or file extension) that holds the caption, or the list of them."""
     split_column: str | None = None
     """Column whose value decides, by a hash, whether a row is in NAME:train or NAME:test; null
-    takes the caption."""
+    takes the caption. Folders have the column `file`."""
     variant: str | None = None
     """Which data set of a family of them: the class name for torchvision's data sets."""
     download: bool = False
@@ -63,6 +66,9 @@ class DataConfig:
     repeats: int = 1
     """Times that a sample is augmented in an epoch, next to each other; the epoch keeps its length
     and sees as many times fewer samples (Hoffer 2020). DeiT: 3."""
+    balance_domains: bool = False
+    """Every batch holds equally many samples of each domain; smaller domains are gone through more
+    often. An unreadable sample's stand-in may be of another domain."""
     workers: int = 2
     """Processes that read and decode, where the data is not resident; 0 reads in the main one."""
     corrupt_limit: float = 0.01

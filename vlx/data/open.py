@@ -15,7 +15,7 @@ from vlx.data.source import Source, SourceInfo
 
 log = logging.getLogger("vlx")
 
-# kind -> (module, class, what it reads)
+# kind -> (module, class or function, what it reads)
 SOURCES: dict[str, tuple[str, str, str]] = {
     "captions": (
         "caption_table",
@@ -24,7 +24,11 @@ SOURCES: dict[str, tuple[str, str, str]] = {
     ),
     "coco": ("coco_captions", "CocoCaptions", "COCO captions, and Karpathy's dataset_coco.json"),
     "digits": ("digits", "Digits", "embedded: 1797 handwritten digits, 8x8, 10 classes"),
-    "folder": ("folder", "Folder", "trees of image files: PATH/SPLIT/CLASS/*.jpg or PATH/*.jpg"),
+    "folder": (
+        "folder",
+        "open_folder",
+        "trees of image files: PATH/SPLIT/CLASS/*.jpg or PATH/*.jpg",
+    ),
     "glyphs": ("glyphs", "Glyphs", "embedded: characters of the DejaVu faces, with their names"),
     "parquet": ("parquet", "Parquet", "Parquet or Arrow files, folders of datasets.save_to_disk"),
     "scenes": (

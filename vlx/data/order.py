@@ -6,6 +6,8 @@ A Feistel network over the next power of four permutes 0..n-1; values outside ar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 _ROUNDS = 6
@@ -52,6 +54,28 @@ def repeated(
     """
     sample, copy = np.divmod(np.asarray(positions).astype(np.int64), repeats)
     return permute(sample, n, seed, epoch), copy
+
+
+def balanced(
+    positions: np.ndarray, domains: Sequence[np.ndarray], seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sample indices and rounds at `positions (K,)` of a whole run, both int64.
+
+    domains: the samples of each, none empty. The run takes one sample of each in turn, so that a
+    batch of a multiple of their number has equally many. Each domain goes round by itself, in
+    another order every time; the round says how often the sample has been seen before.
+    """
+    turn, domain = np.divmod(np.asarray(positions).astype(np.int64), len(domains))
+    index, rounds = np.empty_like(turn), np.empty_like(turn)
+    for number, own in enumerate(domains):
+        at = np.flatnonzero(domain == number)
+        rounds[at], place = np.divmod(turn[at], len(own))
+        for r in np.unique(rounds[at]).tolist():
+            now = rounds[at] == r
+            # A number of its own: domains of one size would else go through the same places.
+            order = permute(place[now], len(own), seed, r * len(domains) + number)
+            index[at[now]] = own[order]
+    return index, rounds
 
 
 def replacement(index: int, n: int, seed: int, epoch: int, attempt: int) -> int:

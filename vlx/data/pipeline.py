@@ -23,9 +23,9 @@ from vlx.data.host import (
     HostDataset,
     read_batches,
 )
-from vlx.data.order import repeated
+from vlx.data.order import balanced, repeated
 from vlx.data.resident import Residents
-from vlx.data.source import Source
+from vlx.data.source import Source, WithDomains
 from vlx.data.text import CaptionCounts, EncodedText, to_device
 from vlx.data.views import make_views
 from vlx.ops.augment import HorizontalFlip, RandomCrop
@@ -116,6 +116,28 @@ def check_mirror(source: Source, needs: Needs) -> None:
                 )
 
 
+def samples_by_domain(source: Source, batch_size: int) -> list[np.ndarray]:
+    """The samples of every domain that has any; for `data.balance_domains`.
+
+    Raises `ConfigError` where the source knows no domains or they do not divide a batch.
+    """
+    info = source.info
+    if not info.domain_names or not isinstance(source, WithDomains):
+        raise ConfigError(
+            f"data.balance_domains: {info.name}/{info.split} knows no domains; these do: faces of "
+            "glyphs (train:DejaVuSans+DejaVuSerif), folders joined by + (photo+sketch)"
+        )
+    own = source.domains()
+    found = [np.flatnonzero(own == domain) for domain in np.unique(own)]
+    if batch_size % len(found):
+        raise ConfigError(
+            f"train.batch_size={batch_size} is no multiple of the {len(found)} domains of "
+            f"{info.name}/{info.split} ({', '.join(info.domain_names)}), as data.balance_domains "
+            "needs"
+        )
+    return found
+
+
 def _warn_of_size(source: Source, sizes: Tensor, image_size: int) -> None:
     """Say so where all images have one size that is far from what the encoder sees.
 
@@ -156,8 +178,11 @@ class TrainPipeline:
             raise ConfigError("the method reads captions: choose a tokenizer, e.g. text=clip")
         if cfg.repeats < 1:
             raise ConfigError(f"data.repeats={cfg.repeats} must be at least 1, which repeats none")
+        if cfg.repeats > 1 and cfg.balance_domains:
+            raise ConfigError("data.repeats and data.balance_domains exclude each other: unset one")
         self.source, self.needs, self.cfg = source, needs, cfg
         self.image_size, self.seed, self.share, self.device = image_size, seed, share, device
+        self.domains = samples_by_domain(source, share.batch_size) if cfg.balance_domains else []
         self.steps_per_epoch = len(source) // share.batch_size
         if self.steps_per_epoch == 0:
             raise ConfigError(
@@ -187,6 +212,9 @@ class TrainPipeline:
 
     def _order(self, step: int, micro_step: int) -> tuple[np.ndarray, np.ndarray]:
         """Sample indices and copy numbers of one micro-batch of this process."""
+        if self.domains:
+            start = step * self.share.batch_size + self.share.offset(micro_step)
+            return balanced(np.arange(start, start + self.share.micro), self.domains, self.seed)
         epoch, within = divmod(step, self.steps_per_epoch)
         start = within * self.share.batch_size + self.share.offset(micro_step)
         positions = np.arange(start, start + self.share.micro)
@@ -241,7 +269,7 @@ class TrainPipeline:
     def _keys(self, ids: Tensor, step: int, micro_step: int) -> Tensor:
         """(B,) what each sample's augmentation is drawn from: seed, epoch, sample and copy."""
         keys = random.key(ids, self.seed, step // self.steps_per_epoch)
-        if self.cfg.repeats == 1:
+        if self.cfg.repeats == 1 and not self.domains:
             return keys
         copies = torch.from_numpy(self._order(step, micro_step)[1])
         return random.mix(keys + copies.to(ids.device))
@@ -289,10 +317,14 @@ class EvalPipeline:
         self.rank, self.world = rank, world
         self.bad = BadSamples(len(source), cfg.corrupt_limit)
 
+    def own(self, ids: Tensor) -> Tensor:
+        """(B,) bool: which samples of a batch are of this process's share, not repeated to fill."""
+        return ids // self.batch_size % self.world == self.rank
+
     def batches(self) -> Iterator[Batch]:
         """Batches of this process's share, with `sample_id` and, where there are any, `label`.
 
-        Every process yields equally many batches; the last ones may repeat samples of the share.
+        Every process yields equally many batches; the last may repeat a sample: see `own`.
         """
         rounds = -(-len(self.source) // (self.batch_size * self.world))
         starts = [(r * self.world + self.rank) * self.batch_size for r in range(rounds)]

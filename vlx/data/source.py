@@ -25,6 +25,8 @@ class SourceInfo:
     """Digest of the content, written into every result."""
     mirror_safe: bool = True
     """False where left and right carry meaning (digits, text): flips then harm."""
+    domain_names: tuple[str, ...] = ()
+    """Of a source that knows the domain of every sample, and so is `WithDomains`."""
     extra: dict[str, str] = field(default_factory=dict)
     """What else is known; `splits` says that a single file tells its splits apart."""
 
@@ -63,4 +65,13 @@ class Captioned(Protocol):
 
         Raises `ValueError` for a sample whose captions cannot be used (empty, not UTF-8).
         """
+        ...
+
+
+@runtime_checkable
+class WithDomains(Protocol):
+    """A source whose samples come from several domains; `info.domain_names` then names them."""
+
+    def domains(self) -> np.ndarray:
+        """(N,) int64: every sample's domain, a place in `info.domain_names`."""
         ...

@@ -42,6 +42,10 @@ class Subset:
         labels = self._source.labels()
         return None if labels is None else labels[self._indices]
 
+    def domains(self) -> np.ndarray:
+        """As `WithDomains`; only where the source is."""
+        return self._source.domains()[self._indices]  # type: ignore[attr-defined]
+
     def texts(self, index: int) -> list[Text]:
         """The captions as they are stored, where the source can show them."""
         if isinstance(self._source, HasTexts):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from pathlib import Path
@@ -62,11 +63,33 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
+def read_best(run: Path) -> dict[str, Tensor] | None:
+    """The weights of a run directory that were best by `train.keep_best`; None where it kept none.
+
+    As they were evaluated: those of a moving average where the run has one, but not the average of
+    `train.swad`, which is evaluated at the end alone.
+    """
+    complete = _complete(run)
+    state = json.loads((complete[-1] / "state.json").read_text()) if complete else {}
+    name = state.get("progress", {}).get("best_checkpoint")
+    if name is None:
+        return None
+    folder = run / "checkpoints" / name
+    if (folder / "swad.safetensors").is_file():
+        return load_file(folder / "model.safetensors")
+    return read_weights(folder)
+
+
+def _complete(run: Path) -> list[Path]:
+    """The complete checkpoints of a run directory, oldest first."""
+    return sorted(m.parent for m in run.glob("checkpoints/step-*/manifest.json"))
+
+
 def _weights_of_run(run: Path) -> Path:
     """The newest complete checkpoint's weights of a run or checkpoint directory."""
     if (run / "model.safetensors").is_file():
         return run / "model.safetensors"
-    complete = sorted(m.parent for m in run.glob("checkpoints/step-*/manifest.json"))
+    complete = _complete(run)
     if not complete:
         raise CheckpointError(
             f"{run} holds no complete checkpoint (checkpoints/step-*/manifest.json)"

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ class Snapshot:
     ema: dict[str, Tensor]
     state: dict[str, Any]
     """Plain JSON: step, config hash, slug, skipped steps, scaler, best metric ..."""
+    swad: dict[str, Tensor] = field(default_factory=dict)
+    """What a run with `train.swad` goes on from; the average itself is `ema`."""
 
 
 def save(directory: Path, snapshot: Snapshot) -> Path:
@@ -86,9 +88,8 @@ def _replace(tmp: Path, final: Path) -> None:
 
 def _parts(snapshot: Snapshot) -> dict[str, dict[str, Tensor]]:
     parts = {"model.safetensors": snapshot.model, "optimizer.safetensors": snapshot.optimizer}
-    if snapshot.ema:
-        parts["ema.safetensors"] = snapshot.ema
-    return parts
+    averages = {"ema.safetensors": snapshot.ema, "swad.safetensors": snapshot.swad}
+    return parts | {name: tensors for name, tensors in averages.items() if tensors}
 
 
 def _digest(file: Path) -> dict[str, Any]:
@@ -142,13 +143,14 @@ def load(checkpoint: Path) -> Snapshot:
         raise CheckpointError(
             f"{checkpoint} has a format other than {FORMAT}; this vlx cannot read it"
         )
-    ema = checkpoint / "ema.safetensors"
+    ema, swad = (checkpoint / f"{name}.safetensors" for name in ("ema", "swad"))
     return Snapshot(
         step=state["step"],
         model=load_file(checkpoint / "model.safetensors"),
         optimizer=load_file(checkpoint / "optimizer.safetensors"),
         ema=load_file(ema) if ema.exists() else {},
         state=state,
+        swad=load_file(swad) if swad.exists() else {},
     )
 
 

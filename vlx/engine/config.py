@@ -127,6 +127,10 @@ class TrainConfig:
     """Compile the step with torch.compile."""
     ema_decay: float | None = None
     """Keep an exponential moving average of the weights; null keeps none."""
+    swad: str | None = None
+    """Average the weights over the valley of this loss, a metric of the evaluations during training
+    on data.val_split: classification/loss (SWAD, Cha et al. 2021). null averages none. Keeps one
+    more copy of what is trained on the device, and up to six on the host and in a checkpoint."""
     device: Device = Device.auto
     """auto takes a GPU where there is one."""
     deterministic: bool = False
@@ -153,6 +157,8 @@ class TrainConfig:
         for key in ("batch_size", "accumulate", "log_every", "keep_last"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"train.{key} must be at least 1, got {getattr(self, key)}")
+        if self.swad is not None and self.ema_decay is not None:
+            raise ConfigError("train.swad and train.ema_decay both average weights: unset one")
 
 
 @dataclass(kw_only=True)
@@ -209,3 +215,21 @@ class RunConfig:
             self.data = replace(self.data, split_seed=self.seed)
         if self.name is not None and (not self.name or self.name != Path(self.name).name):
             raise ConfigError(f"name={self.name!r} must be a folder's name without '/'")
+        if self.data.val_split is not None and self.data.val_split == self.data.test_split:
+            raise ConfigError(
+                f"data.val_split={self.data.val_split} is the test split: see the key"
+            )
+        if self.train.swad is not None:
+            self._check_swad()
+
+    def _check_swad(self) -> None:
+        if self.data.val_split is None:
+            raise ConfigError(
+                "train.swad chooses by held-out samples of the training split: set e.g. "
+                f"data.train_split={self.data.train_split}:train "
+                f"data.val_split={self.data.train_split}:test"
+            )
+        if not self.eval.every_steps and not self.eval.every_epochs:
+            raise ConfigError("train.swad needs evaluations during training: set eval.every_steps")
+        if self.launcher.strategy is Strategy.fsdp:
+            raise ConfigError("train.swad keeps whole weights: use launcher.strategy=ddp")

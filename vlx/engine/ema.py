@@ -10,17 +10,12 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """Shadow copies by name; sharded parameters keep sharded shadows.
-
-    The running statistics of trained batch norms are averaged too: those of the newest weights do
-    not fit averaged ones.
-    """
+    """Shadow copies by name; sharded parameters keep sharded shadows."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
-        params = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        self.num_params = len(params)
-        self.params: dict[str, Tensor] = params | running_statistics(module)
+        self.params = averaged_tensors(module)
+        self.num_params = sum(p.requires_grad for p in self.params.values())
         self.shadow: dict[str, Tensor] = {n: p.detach().clone() for n, p in self.params.items()}
 
     @torch.no_grad()
@@ -53,6 +48,13 @@ class Ema:
             kept = param.detach().clone()
             param.copy_(self.shadow[name])
             self.shadow[name].copy_(kept)
+
+
+def averaged_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """What an average over training is of, by name: trained parameters first, then the running
+    statistics of trained batch norms, as those of the newest weights do not fit averaged ones."""
+    params = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    return {**params, **running_statistics(module)}
 
 
 def running_statistics(module: nn.Module) -> dict[str, Tensor]:

@@ -21,13 +21,14 @@ from vlx.core.random import step_seed
 from vlx.data.pipeline import TrainPipeline
 from vlx.engine import checkpoint
 from vlx.engine.config import RunConfig
-from vlx.engine.ema import Ema, copy_full
+from vlx.engine.ema import copy_full
 from vlx.engine.gradient_cache import cached_gradients
 from vlx.engine.nonfinite import Evidence, save_evidence
 from vlx.engine.optim import Rates, build_optimizer, layer_scales, peak_lr
 from vlx.engine.parallel import Parallel
 from vlx.engine.record import Clock, StepRecord, sample_hash
 from vlx.engine.signals import StopRequest
+from vlx.engine.swad import Swad, averaging
 from vlx.track.base import Track
 from vlx.track.console import ConsoleProgress
 
@@ -97,7 +98,12 @@ class Trainer:
         assert isinstance(prepared, AcceleratedOptimizer)
         self.optimizer = prepared
         self.params = [param for group in groups for _, param in group.params]
-        self.ema = None if cfg.train.ema_decay is None else Ema(method, cfg.train.ema_decay)
+        self.average = averaging(cfg.train, method)
+        due = map(self._evaluation_due, range(1, total_steps + 1))
+        if cfg.train.swad is not None and not any(due):
+            raise ConfigError(
+                f"train.swad: no evaluation within {total_steps} steps: lower eval.every_steps"
+            )
         self._generator = torch.Generator(device=parallel.device)
         self._last_save = self._counted = time.monotonic()
 
@@ -193,8 +199,8 @@ class Trainer:
         if self.optimizer.step_was_skipped:  # fp16: the scaler found an overflow and halves itself
             return
         self.method.after_step(self._context(step, self.cfg.train.accumulate - 1))
-        if self.ema is not None:
-            self.ema.update()
+        if self.average is not None:
+            self.average.update()
 
     def _skip(self, step: int, record: StepRecord) -> None:
         """Leave out an update that is not finite; past the limit, keep the evidence and stop."""
@@ -244,38 +250,40 @@ class Trainer:
             self.hooks.console.update(done, values["train/loss"], speed, wait)
 
     def _evaluation_due(self, done: int) -> bool:
+        if self.cfg.eval.every_steps:
+            return done % self.cfg.eval.every_steps == 0
         epochs, beyond = divmod(done, self.pipeline.steps_per_epoch)
         every = self.cfg.eval.every_epochs
         return beyond == 0 and every > 0 and epochs % every == 0
 
     def _evaluate(self, done: int) -> bool:
         """Evaluate during training; True when the metric of `keep_best` has improved."""
-        metrics = self.evaluate_with(lambda: self.hooks.evaluate(done))
+        train = self.cfg.train
+        metrics = self.evaluate_with(lambda: self.hooks.evaluate(done), averaged=train.swad is None)
         if self.parallel.is_main:
-            self.hooks.track.log(done, {f"eval/{name}": value for name, value in metrics.items()})
-        watched = self.cfg.train.keep_best
-        if watched is None:
+            split = "eval" if self.cfg.data.val_split is None else "val"
+            self.hooks.track.log(done, {f"{split}/{n}": value for n, value in metrics.items()})
+        if isinstance(self.average, Swad):
+            self.average.close(_watched("swad", train.swad, metrics))
+        if train.keep_best is None:
             return False
-        if watched not in metrics:
-            raise ConfigError(
-                f"train.keep_best={watched}: no such metric during training. "
-                f"{nearest(watched, metrics)} eval.during names the evaluators"
-            )
-        if self.progress.best is not None and metrics[watched] <= self.progress.best:
+        value = _watched("keep_best", train.keep_best, metrics)
+        if self.progress.best is not None and value <= self.progress.best:
             return False
-        self.progress.best = metrics[watched]
+        self.progress.best = value
         self.progress.best_checkpoint = f"step-{done:08d}"
         return True
 
-    def evaluate_with(self, evaluate: Callable[[], T]) -> T:
-        """Call an evaluation in eval mode, on averaged weights where there are any.
+    def evaluate_with(self, evaluate: Callable[[], T], *, averaged: bool = True) -> T:
+        """Call an evaluation in eval mode, on averaged weights where there are any, if `averaged`.
 
         Seeded alike every time: some models draw at random in evaluation too.
         """
         self.method.eval()
         self.parallel.seed(self.cfg.seed)
         try:
-            with nullcontext() if self.ema is None else self.ema.swapped(), torch.no_grad():
+            average = self.average if averaged else None
+            with nullcontext() if average is None else average.swapped(), torch.no_grad():
                 return self.parallel.whole(self.module, evaluate)
         finally:
             self.method.train()
@@ -296,13 +304,15 @@ class Trainer:
             self.parallel.is_main,
             self.progress.step,
         )
+        average = self.average
         self.progress.seconds += time.monotonic() - self._counted
         self._counted = time.monotonic()
         return checkpoint.Snapshot(
             step=step,
             model=checkpoint.gather(self.method.state_dict(), keep=keep),
             optimizer=checkpoint.optimizer_tensors(self.optimizer, keep=keep),
-            ema=checkpoint.gather(self.ema.shadow, keep=keep) if self.ema else {},
+            ema=checkpoint.gather(average.shadow, keep=keep) if average else {},
+            swad=checkpoint.gather(average.state(), keep=keep) if isinstance(average, Swad) else {},
             state={
                 "step": step,
                 "progress": asdict(self.progress),
@@ -332,10 +342,22 @@ class Trainer:
         for name, value in snapshot.model.items():
             copy_full(own[name], value)
         checkpoint.load_optimizer(self.optimizer, snapshot.optimizer)
-        if self.ema is not None:
-            self.ema.load(snapshot.ema)
+        if isinstance(self.average, Swad):
+            self.average.load(snapshot.swad)
+        elif self.average is not None:
+            self.average.load(snapshot.ema)
         if snapshot.state["scaler"] is not None and self.parallel.accelerator.scaler is not None:
             self.parallel.accelerator.scaler.load_state_dict(snapshot.state["scaler"])
         self.progress = Progress(**snapshot.state["progress"])
         saved = snapshot.state["bad_samples"]
         self.pipeline.bad.reasons.update({int(k): reason for k, reason in saved.items()})
+
+
+def _watched(key: str, name: str | None, metrics: dict[str, float]) -> float:
+    """The value of the metric that `train.KEY` names."""
+    if name not in metrics:
+        raise ConfigError(
+            f"train.{key}={name}: no such metric during training. {nearest(str(name), metrics)} "
+            "eval.during names the evaluators"
+        )
+    return metrics[name]

@@ -6,7 +6,7 @@ import json
 import logging
 import resource
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from vlx.core.errors import (
 )
 from vlx.core.files import write_json
 from vlx.core.results import Metric, Results
+from vlx.data.config import DataConfig
 from vlx.data.few_shot import FILE as SPLIT_FILE
 from vlx.data.few_shot import Selected
 from vlx.data.open import open_source
@@ -140,14 +141,9 @@ class Run:
         method = build_method(cfg, source, tokenizer, load_weights=snapshot is None)
         pipeline = build_pipeline(cfg, source, type(method), parallel, tokenizer)
         total = total_steps(cfg, pipeline.steps_per_epoch)
-        self.eval_data = EvalData(
-            cfg.data,
-            cfg.eval,
-            image_size=cfg.encoder.image_size,
-            device=parallel.device,
-            rank=parallel.rank,
-            world=parallel.world,
-        )
+        self.eval_data = self.during_data = self._eval_data(cfg.data)
+        if cfg.data.val_split is not None:
+            self.during_data = self._eval_data(replace(cfg.data, test_split=cfg.data.val_split))
         start = snapshot.step if snapshot else 0
         self.record.total_steps, self.record.step = total, start
         self._open_track(start)
@@ -177,6 +173,16 @@ class Run:
             trainer.restore(snapshot)
             log.info(f"resumed at step {start} of {total}")
         return trainer, untrained
+
+    def _eval_data(self, data: DataConfig) -> EvalData:
+        return EvalData(
+            data,
+            self.cfg.eval,
+            image_size=self.cfg.encoder.image_size,
+            device=self.parallel.device,
+            rank=self.parallel.rank,
+            world=self.parallel.world,
+        )
 
     def _latest(self) -> checkpoint.Snapshot | None:
         """The newest good checkpoint; refuses one of another configuration."""
@@ -223,13 +229,15 @@ class Run:
         outcome = run_evaluators(
             self.cfg.eval.during,
             self._subject(),
-            self.eval_data,
+            self.during_data,
             weights=self._weights(),
             pictures_dir=None,
         )
         return {metric.name: metric.value for metric in outcome.metrics}
 
     def _weights(self) -> str:
+        if self.cfg.train.swad is not None:
+            return "swad"
         return "trained" if self.cfg.train.ema_decay is None else "ema"
 
     def _evaluate_end(self, trainer: Trainer, weights: str) -> Outcome:
@@ -272,7 +280,7 @@ class Run:
         if not self.parallel.is_main:
             return
         if self.method.frozen_base:
-            averaged = {} if trainer.ema is None else trainer.ema.shadow
+            averaged = {} if trainer.average is None else trainer.average.shadow
             file = save_adapter(
                 self.run_dir, self.method, {**weights, **averaged}, slug=self.cfg.slug
             )

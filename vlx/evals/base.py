@@ -38,7 +38,7 @@ class Subject:
         self.name = name
         self.capabilities = capabilities
         self.weights = "trained"
-        """As `results.json` calls them: trained, untrained or ema."""
+        """As `results.json` calls them: trained, untrained, ema or swad."""
         self.cache: FeatureCache | None = None
         """Where features are kept over evaluations; only for weights that change no more."""
         self._made: dict[tuple[str, ...], Tensors] = {}
@@ -176,7 +176,10 @@ class EvalData:
     def _identity(self, split: str) -> tuple[str, ...]:
         """All that decides which pixels and labels a split has."""
         info = self.source(split).info
-        no_matter = ("path", "workers", "resident", "resident_limit_mb", "corrupt_limit", "repeats")
+        no_matter = (
+            "path", "workers", "resident", "resident_limit_mb", "corrupt_limit", "repeats",
+            "balance_domains", "val_split",
+        )  # fmt: skip
         keys = {k: v for k, v in asdict(self.data).items() if k not in no_matter}
         view = {"image_size": self.image_size, "crop_ratio": self.cfg.crop_ratio}
         return info.name, info.split, info.fingerprint, json.dumps(keys | view, default=str)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from vlx.core.capability import ClassLogits
 from vlx.core.errors import DataError
@@ -13,8 +14,8 @@ from vlx.evals.base import EvalData, Evaluation, Subject
 
 
 class Classification:
-    """Protocol classification@1: the deterministic central view, top-1 and top-5 over all readable
-    samples, and the mean over classes of each class's top-1."""
+    """Protocol classification@1: the deterministic central view, top-1, top-5 and the mean
+    cross-entropy over all readable samples, and the mean over classes of each class's top-1."""
 
     name = "classification"
     version = 1
@@ -30,8 +31,10 @@ class Classification:
             metrics["top5"] = hits[:, 1].sum() / hits[:, 2].sum()
         present = hits[hits[:, 2] > 0]
         metrics["mean-per-class"] = (present[:, 0] / present[:, 2]).mean()
+        metrics["loss"] = hits[:, 3].sum() / hits[:, 2].sum()
         return Evaluation(
             metrics={name: float(value) for name, value in metrics.items()},
+            units={"loss": "nats"},
             split=f"{info.name}/{info.split}",
             num_samples=int(hits[:, 2].sum()),
         )
@@ -39,16 +42,19 @@ class Classification:
 
 @torch.no_grad()
 def count_hits(subject: ClassLogits, pipeline: EvalPipeline, num_classes: int) -> Tensor:
-    """`(C, 3)` float64 by true class: top-1 hits, top-5 hits, samples; summed over processes."""
-    hits = torch.zeros(num_classes, 3, dtype=torch.float64)
+    """`(C, 4)` float64 by true class: top-1 hits, top-5 hits, samples, cross-entropy; summed over
+    samples and processes."""
+    hits = torch.zeros(num_classes, 4, dtype=torch.float64)
     for batch in pipeline.batches():
         if len(batch["sample_id"]) == 0:
             continue
         labels = batch["label"]
         logits = subject.class_logits(batch["image"])
         ranked = logits.topk(min(5, num_classes), dim=1).indices == labels[:, None]  # (B, 5)
-        found = torch.stack([ranked[:, 0], ranked.any(1), torch.ones_like(ranked[:, 0])], 1)
-        hits.index_add_(0, labels.cpu(), found.double().cpu())
+        loss = cross_entropy(logits.float(), labels, reduction="none")
+        found = torch.stack([ranked[:, 0], ranked.any(1), torch.ones_like(loss), loss], 1)
+        own = pipeline.own(batch["sample_id"])
+        hits.index_add_(0, labels[own].cpu(), found[own].double().cpu())
     if pipeline.world > 1:
         hits = hits.to(pipeline.device)
         dist.all_reduce(hits)

@@ -24,8 +24,10 @@ class EvalConfig:
     """Run them on the same model as it was before training too."""
     every_epochs: int = 0
     """Run `during` every so many epochs; 0 never."""
+    every_steps: int = 0
+    """Run `during` every so many steps in the place of epochs; 0 leaves it to `every_epochs`."""
     during: list[str] = field(default_factory=lambda: ["knn"])
-    """Evaluators to run during training."""
+    """Evaluators to run during training, on `data.val_split` where there is one."""
     batch_size: int = 256
     """Images (or texts) at a time."""
     crop_ratio: float = 1.0
@@ -53,6 +55,8 @@ class EvalConfig:
                     f"eval.template_list: '{template}' has no {{}} where the class name goes, "
                     "e.g. 'a photo of a {}.'"
                 )
+        if self.every_steps < 0 or self.every_epochs < 0:
+            raise ConfigError("eval.every_steps and eval.every_epochs must be at least 0, never")
         if self.rerank < 0:
             raise ConfigError(f"eval.rerank={self.rerank} must be at least 0, which is off")
         if self.caption_samples < 1:

@@ -9,10 +9,17 @@ B batch, D student width, E joint width, C classes.
 The stages are two runs: the second reads the layer that the first saved, and the same student.
 Leave-one-domain-out is a matter of the splits (glyphs: data.train_split=train:FACE+FACE
 data.test_split=test:FACE), with a first stage of its own for each domain left out.
+A batch has as many images of each training domain (data.balance_domains). Both stages end with
+SWAD's average (train.swad), chosen by held-out parts of the training domains (data.val_split); the
+second starts from the single model of the first that was best on them (train.keep_best; in the
+reference, of those after 1000 steps).
 Departures: each model normalises images with its own statistics, where the reference code gives
-CLIP ImageNet's. A batch is drawn from all training domains together, not as many from each. SWAD
-(blocks/swad.py) awaits validation during training: a run ends with its last weights or with those
-of train.ema_decay. `cross_entropy` and `kl` are baselines of ours over the same cosine logits.
+CLIP ImageNet's. Validation is the mean over all held-out images, there of the domains' means, first
+after 200 steps, there also after one; a fifth is held out by a hash, there at random. A run goes on
+when the valley has ended. Of the segments that SWAD averages the reference counts the first ones
+twice or more, and its second stage lets a segment run on over evaluations (reset after 3000, 4000
+and 5000 steps alone); here each ends with its evaluation and counts once, as the rule says.
+`cross_entropy` and `kl` are baselines of ours over the same cosine logits.
 """
 
 from __future__ import annotations
@@ -37,7 +44,7 @@ from vlx.core.fields import LABEL, Batch, Needs, ViewOp, ViewSpec
 from vlx.core.method import Builder, StepContext, StepOutput, Trainable
 from vlx.core.paper import Paper
 from vlx.encoders.base import EncoderFeatures, VisionEncoder
-from vlx.encoders.checkpoint import ADAPTER_FILE, read_weights
+from vlx.encoders.checkpoint import ADAPTER_FILE, read_best, read_weights
 from vlx.encoders.clip_weights import load_clip
 from vlx.families.classifier import Logits
 from vlx.families.dual_encoder import Towers
@@ -85,7 +92,8 @@ class Vl2vAdipConfig(MethodConfig):
     both at once), white_box (the student is the teacher's own image tower, one stage); baselines
     that train both at once: cross_entropy, kl (towards the teacher's class probabilities)."""
     projection: str | None = None
-    """distil: the run directory of stage 1 (or its adapter.safetensors)."""
+    """distil: the run directory of stage 1, of which the best model by train.keep_best is taken, or
+    what it ended with where it kept none; or a file, e.g. its adapter.safetensors."""
     image_ratio: float = 0.5
     """Lambda: share of the loss towards the teacher's image embedding, 0..1; the rest is towards
     its embedding of the class's name. Paper: 0.5."""
@@ -142,9 +150,11 @@ def cosine_losses(z: Tensor, image: Tensor, text: Tensor, image_ratio: float) ->
 def load_projection(projection: nn.Linear, path: str) -> None:
     """Put the layer that stage 1 trained into this one: nothing else of its run, and all of it."""
     file = Path(path).expanduser()
-    file = file / ADAPTER_FILE if file.is_dir() else file
+    saved = read_best(file) if file.is_dir() else None
+    if saved is None:
+        file = file / ADAPTER_FILE if file.is_dir() else file
+        saved = read_weights(file) if file.is_file() else {}
     wanted = {f"{_PART}.{name}": value for name, value in projection.state_dict().items()}
-    saved = read_weights(file) if file.is_file() else {}
     for name, value in wanted.items():
         found = tuple(saved[name].shape) if name in saved else "nothing"
         if found != tuple(value.shape):

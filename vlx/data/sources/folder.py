@@ -1,4 +1,7 @@
-"""Trees of image files: PATH/SPLIT/CLASS/*.jpg, PATH/CLASS/*.jpg, or PATH/*.jpg unlabelled."""
+"""Trees of image files: PATH/SPLIT/CLASS/*.jpg, PATH/CLASS/*.jpg, or PATH/*.jpg unlabelled.
+
+Of PATH/DOMAIN/CLASS/*.jpg a split may join several domains: photo+sketch.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import hashlib
 import logging
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +17,22 @@ import numpy as np
 from vlx.core.errors import DataError, nearest
 from vlx.data.cache import Index, cached_index, digest, files_digest, pack_names, unpack_name
 from vlx.data.config import DataConfig
-from vlx.data.source import Sample, SourceInfo
+from vlx.data.joined import Joined
+from vlx.data.source import Sample, Source, SourceInfo
 
 log = logging.getLogger("vlx")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _SPLIT_NAMES = ("train", "training", "test", "testing", "val", "valid", "validation", "dev")
 _TEST_EVERY = 10
 _VERSION = "1"
+
+
+def open_folder(cfg: DataConfig, split: str) -> Source:
+    """The folder of a split, or those of `photo+sketch` as one source with a domain for each."""
+    root = Path(cfg.path or "").expanduser()
+    if "+" not in split or (root / split).is_dir():
+        return Folder(cfg, split)
+    return Joined({name: Folder(cfg, name) for name in split.split("+")}, root.name)
 
 
 class Folder:
@@ -69,6 +81,12 @@ class Folder:
 
     def labels(self) -> np.ndarray | None:
         return self._labels
+
+    def column(self, name: str) -> Iterable[bytes | None]:
+        """`file`: every image's CLASS/NAME, the same wherever the tree lies."""
+        if name != "file":
+            raise DataError(f"{self.info.name} has no column '{name}': folders have 'file' alone")
+        return (os.fsencode(unpack_name(self._index, int(row))) for row in self._rows)
 
     def _fingerprint(self, split: str) -> str:
         """Digest of all names, and of the sizes of some files."""
@@ -170,15 +188,17 @@ def _chosen_rows(index: Index, part: str) -> np.ndarray:
 def _class_names(cfg: DataConfig, root: Path, part: str, found: list[str]) -> tuple[str, ...]:
     """Names of the training split's class folders, so that labels agree between splits."""
     train = root.parent / cfg.train_split
-    if part != "all" or root == train or not train.is_dir() or not found:
+    trains = [train] if train.is_dir() else [root.parent / n for n in cfg.train_split.split("+")]
+    if part != "all" or trains == [root] or not all(t.is_dir() for t in trains) or not found:
         return tuple(found)
-    names = sorted(e.name for e in train.iterdir() if e.is_dir() and not e.name.startswith("."))
+    folders = {e.name for train in trains for e in train.iterdir() if e.is_dir()}
+    names = sorted(name for name in folders if not name.startswith("."))
     if not names:
         return tuple(found)
     new = sorted(set(found) - set(names))
     if new:
         raise DataError(
-            f"{root} has class folders that {train} lacks: {', '.join(new[:5])}. "
+            f"{root} has class folders that {cfg.train_split} lacks: {', '.join(new[:5])}. "
             f"{nearest(new[0], names)}"
         )
     return tuple(names)

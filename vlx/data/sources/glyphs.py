@@ -100,7 +100,6 @@ class Glyphs:
         self._codes = codes[character]
         self._labels = index.arrays["labels"][character].astype(np.int64)
         self._files = [str(files[face]) for face in faces]
-        self.domain_names = faces
         noise = options.noise if part == "train" else 0.0
         self._caption_of = swapped(len(self._codes), noise)
         self.info = SourceInfo(
@@ -111,7 +110,7 @@ class Glyphs:
             class_names=tuple(CLASSES),
             fingerprint=digest(_stamp(files), part, *faces, str(noise)),
             mirror_safe=False,
-            extra={"domains": ", ".join(faces)},
+            domain_names=faces,
         )
 
     def __len__(self) -> int:
@@ -129,13 +128,13 @@ class Glyphs:
         return [_name(int(self._codes[self._caption_of[index]]))]
 
     def describe(self, index: int) -> str:
-        return f"U+{int(self._codes[index]):04X} in {self.domain_names[self._domains[index]]}"
+        return f"U+{int(self._codes[index]):04X} in {self.info.domain_names[self._domains[index]]}"
 
     def labels(self) -> np.ndarray:
         return self._labels
 
     def domains(self) -> np.ndarray:
-        """(N,) int64: every sample's face, a place in `domain_names`."""
+        """(N,) int64: every sample's face, a place in `info.domain_names`."""
         return self._domains
 
 
