@@ -43,7 +43,7 @@ from vlx.engine.parallel import Parallel
 from vlx.engine.text import run_tokenizer
 from vlx.evals.base import EvalData, Subject, lacking
 from vlx.evals.feature_cache import FeatureCache
-from vlx.evals.registry import evaluator
+from vlx.evals.registry import EVALUATORS, evaluator
 
 
 def execute_evaluation(run_dir: Path, values: dict[str, Any]) -> int:
@@ -85,6 +85,18 @@ def _execute(run_dir: Path, cfg: RunConfig, parallel: Parallel) -> int:
     return EXIT_OK
 
 
+def _check_capabilities(names: list[str], subject: Subject) -> None:
+    """Raise `ConfigError` for an evaluation that was asked for and cannot be."""
+    for name in names:
+        absent = [kind for kind in evaluator(name).requires if not subject.has(kind)]
+        if absent:
+            able = [n for n in EVALUATORS if all(subject.has(k) for k in evaluator(n).requires)]
+            raise ConfigError(
+                f"{name} needs {absent[0].__name__}, which {subject.name} does not export; it can "
+                f"be evaluated by {', '.join(able)}"
+            )
+
+
 def _evaluate(run_dir: Path, cfg: RunConfig, parallel: Parallel, record: rundir.RunRecord) -> None:
     started = time.monotonic()
     data = EvalData(
@@ -101,6 +113,7 @@ def _evaluate(run_dir: Path, cfg: RunConfig, parallel: Parallel, record: rundir.
         if missing:
             raise DataError(f"{info.name} has no {missing}, which {name} needs")
     subject, module = build_subject(cfg, info.num_classes, info.class_names)
+    _check_capabilities(cfg.eval.at_end, subject)
     checksum = weights_checksum(module.state_dict())
     module.to(parallel.device).eval()
     if cfg.eval.cache_features:
