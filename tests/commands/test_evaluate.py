@@ -95,7 +95,7 @@ def test_what_cannot_be_evaluated_says_so(here: Path, smoke_run: Path, monkeypat
             ),
             text_console(),
         )
-    with pytest.raises(ConfigError, match=r"needs ReducedTokens, which mae .* by knn, linear-probe"):
+    with pytest.raises(ConfigError, match=r"needs ReducedTokens, which mae .* by knn"):
         evaluate("tokens", f"encoder.checkpoint={smoke_run}")
     with pytest.raises(VlxError, match="no presets"):
         start(Line(command="eval", name="knn", preset="smoke"), text_console())
