@@ -13,7 +13,7 @@ from PIL import Image
 from vlx.core.errors import StorageError
 from vlx.core.files import explain_write, write_atomic
 from vlx.core.results import Metric
-from vlx.evals.base import EvalData, Subject, lacking
+from vlx.evals.base import EvalData, Subject, absent, lacking
 from vlx.evals.registry import evaluator
 
 log = logging.getLogger("vlx")
@@ -49,9 +49,9 @@ def run_evaluators(
     subject.weights = weights
     for name in names:
         chosen = evaluator(name)
-        absent = [kind.__name__ for kind in chosen.requires if not subject.has(kind)]
-        if absent:
-            log.info(f"{name} not run: it needs {absent[0]}, which {subject.name} does not export")
+        capability = absent(chosen, subject)
+        if capability:
+            log.info(f"{name} not run: it needs {capability}, which {subject.name} does not export")
             continue
         missing = lacking(chosen, data.source("test"))
         if missing:

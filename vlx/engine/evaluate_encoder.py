@@ -41,7 +41,7 @@ from vlx.engine.load import from_dict, read_config, run_config
 from vlx.engine.log import log_to
 from vlx.engine.parallel import Parallel
 from vlx.engine.text import run_tokenizer
-from vlx.evals.base import EvalData, Subject, lacking
+from vlx.evals.base import EvalData, Subject, absent, lacking
 from vlx.evals.feature_cache import FeatureCache
 from vlx.evals.registry import EVALUATORS, evaluator
 
@@ -88,11 +88,11 @@ def _execute(run_dir: Path, cfg: RunConfig, parallel: Parallel) -> int:
 def _check_capabilities(names: list[str], subject: Subject) -> None:
     """Raise `ConfigError` for an evaluation that was asked for and cannot be."""
     for name in names:
-        absent = [kind for kind in evaluator(name).requires if not subject.has(kind)]
-        if absent:
-            able = [n for n in EVALUATORS if all(subject.has(k) for k in evaluator(n).requires)]
+        capability = absent(evaluator(name), subject)
+        if capability:
+            able = [other for other in EVALUATORS if not absent(evaluator(other), subject)]
             raise ConfigError(
-                f"{name} needs {absent[0].__name__}, which {subject.name} does not export; it can "
+                f"{name} needs {capability}, which {subject.name} does not export; it can "
                 f"be evaluated by {', '.join(able)}"
             )
 

@@ -254,6 +254,11 @@ class Evaluator(Protocol):
     def run(self, subject: Subject, data: EvalData) -> Evaluation: ...
 
 
+def absent(evaluator: Evaluator, subject: Subject) -> str | None:
+    """The first capability that an evaluator needs and a subject does not export, or nothing."""
+    return next((k.__name__ for k in evaluator.requires if not subject.has(k)), None)
+
+
 def lacking(evaluator: Evaluator, source: Source) -> str | None:
     """What a source has not that an evaluator needs: "labels", "captions", or nothing."""
     if evaluator.needs_labels and not source.info.num_classes:
