@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import pickle
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -102,14 +104,13 @@ def test_batches_are_the_same_from_any_step_on(
     assert_equal(list(pipeline(cfg).batches(start, 10)), expected[start:])
 
 
-@pytest.mark.parametrize(("world", "accumulate"), [(2, 1), (1, 2), (3, 2)])
-def test_shares_put_together_are_the_single_process_s_batch(
-    with_damage: DataConfig, world: int, accumulate: int
+def assert_shares_are_the_whole(
+    make: Callable[..., TrainPipeline], world: int, accumulate: int
 ) -> None:
-    expected = list(pipeline(with_damage, 12).batches(0, 4))
+    """The micro-batches of all processes are the batches of one; make takes a process's share."""
+    expected = list(make().batches(0, 4))
     parts = [
-        list(pipeline(with_damage, 12, rank=r, world=world, accumulate=accumulate).batches(0, 4))
-        for r in range(world)
+        list(make(rank=r, world=world, accumulate=accumulate).batches(0, 4)) for r in range(world)
     ]
     for step, whole in enumerate(expected):
         pieces = [
@@ -117,6 +118,13 @@ def test_shares_put_together_are_the_single_process_s_batch(
         ]
         for key, value in whole.items():
             assert torch.equal(torch.cat([piece[key] for piece in pieces]), value), key
+
+
+@pytest.mark.parametrize(("world", "accumulate"), [(2, 1), (1, 2), (3, 2)])
+def test_shares_put_together_are_the_single_process_s_batch(
+    with_damage: DataConfig, world: int, accumulate: int
+) -> None:
+    assert_shares_are_the_whole(partial(pipeline, with_damage, 12), world, accumulate)
 
 
 def test_an_epoch_has_every_readable_sample_once(tmp_path: Path) -> None:
@@ -166,17 +174,7 @@ def test_repeats_are_the_same_for_any_split_of_the_batch(
     with_damage: DataConfig, world: int, accumulate: int
 ) -> None:
     cfg = replace(with_damage, repeats=3)
-    expected = list(pipeline(cfg, 12).batches(0, 4))
-    parts = [
-        list(pipeline(cfg, 12, rank=r, world=world, accumulate=accumulate).batches(0, 4))
-        for r in range(world)
-    ]
-    for step, whole in enumerate(expected):
-        pieces = [
-            parts[r][step * accumulate + micro] for micro in range(accumulate) for r in range(world)
-        ]
-        for key, value in whole.items():
-            assert torch.equal(torch.cat([piece[key] for piece in pieces]), value), key
+    assert_shares_are_the_whole(partial(pipeline, cfg, 12), world, accumulate)
 
 
 def test_without_repeats_a_view_is_drawn_from_seed_epoch_and_sample(tmp_path: Path) -> None:
@@ -242,17 +240,7 @@ def test_balanced_batches_are_the_same_for_any_split_of_the_batch(
     tmp_path: Path, world: int, accumulate: int
 ) -> None:
     cfg = balanced(tmp_path / "d")
-    expected = list(balanced_pipeline(cfg).batches(0, 4))
-    parts = [
-        list(balanced_pipeline(cfg, rank=r, world=world, accumulate=accumulate).batches(0, 4))
-        for r in range(world)
-    ]
-    for step, whole in enumerate(expected):
-        pieces = [
-            parts[r][step * accumulate + micro] for micro in range(accumulate) for r in range(world)
-        ]
-        for key, value in whole.items():
-            assert torch.equal(torch.cat([piece[key] for piece in pieces]), value), key
+    assert_shares_are_the_whole(partial(balanced_pipeline, cfg), world, accumulate)
 
 
 def test_what_cannot_be_balanced_is_refused(tmp_path: Path) -> None:
