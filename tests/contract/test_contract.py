@@ -127,6 +127,26 @@ def test_needs_are_honest_and_the_batch_is_left_alone(slug: str) -> None:
     assert all(torch.equal(batch[key], kept[key]) for key in kept)
 
 
+def test_its_blocks_run_through_their_own_forward_unless_it_says_otherwise(slug: str) -> None:
+    """What FSDP asks for: it gathers the weights of a block around the block's forward alone."""
+    method = build(slug)
+    running: list[torch.nn.Module] = []
+    outside: list[str] = []
+    for block in method.transformer_blocks():
+
+        def check(part: torch.nn.Module, args: Any, block: torch.nn.Module = block) -> None:
+            if block not in running:
+                outside.append(type(part).__name__)
+
+        block.register_forward_pre_hook(lambda block, args: running.append(block))
+        block.register_forward_hook(lambda block, args, out: running.remove(block))
+        for part in block.modules():
+            if part is not block:
+                part.register_forward_pre_hook(check)
+    seeded_step(method, smoke_batch(slug))
+    assert not (method.shards and outside), outside[:3]
+
+
 def test_step_gives_finite_scalar_losses_and_detached_metrics(slug: str) -> None:
     out = seeded_step(build(slug), smoke_batch(slug))
     assert out.losses

@@ -66,9 +66,11 @@ def assert_close(run_dir: Path, reference: Path, *, losses: float, state: float)
 def meaningful(name: str, tensor: Tensor) -> Tensor:
     """The part of a tensor whose gradient is more than rounding.
 
-    A shift common to all keys leaves attention as it is, so the key third of qkv's bias has the
+    A shift common to all keys leaves attention as it is, so the keys' part of a bias has the
     gradient 0; what it gets is noise, which Adam scales up to the learning rate.
     """
+    if "key_value.bias" in name and tensor.ndim:
+        return tensor.chunk(2)[1]
     if "qkv.bias" in name and tensor.ndim:
         queries, _, values = tensor.chunk(3)
         return torch.cat([queries, values])

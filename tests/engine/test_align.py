@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.engine.compare import assert_close, assert_same_bits
 from tests.engine.inprocess import run_here, stop_after
@@ -19,9 +20,11 @@ OVERRIDES = (
 LOSSES, STATE = 2e-5, 1e-3
 
 
-def made(folder: Path, slug: str, *, world: int = 1, accumulate: int = 1) -> Path:
-    name = f"{slug}-{world}-{accumulate}"
-    words = [f"train.accumulate={accumulate}", "launcher=torchrun"]
+def made(
+    folder: Path, slug: str, *, world: int = 1, accumulate: int = 1, strategy: str = "ddp"
+) -> Path:
+    name = f"{slug}-{world}-{accumulate}-{strategy}"
+    words = [f"train.accumulate={accumulate}", "launcher=torchrun", f"launcher.strategy={strategy}"]
     run = make_run(folder, name, *OVERRIDES, *words, slug=slug)
     relaunch(run, launcher__processes=world)
     execute_world(run, world)
@@ -34,18 +37,28 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "accumulate"), [(2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(
+    ("world", "accumulate", "strategy"),
+    [(2, 1, "ddp"), (1, 2, "ddp"), (2, 2, "ddp"), (2, 1, "fsdp"), (2, 2, "fsdp")],
+)
 def test_clips_split_batch_trains_like_the_whole_one(
-    tmp_path: Path, one: Path, world: int, accumulate: int
+    tmp_path: Path, one: Path, world: int, accumulate: int, strategy: str
 ) -> None:
-    assert_close(
-        made(tmp_path, "clip", world=world, accumulate=accumulate), one, losses=LOSSES, state=STATE
-    )
+    split = made(tmp_path, "clip", world=world, accumulate=accumulate, strategy=strategy)
+    assert_close(split, one, losses=LOSSES, state=STATE)
 
 
 @pytest.mark.slow
 def test_lightclips_two_processes_train_like_one(tmp_path: Path) -> None:
     runs = [made(tmp_path, "lightclip", world=world) for world in (2, 1)]
+    assert_close(*runs, losses=LOSSES, state=STATE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slug", ["albef", "unimodal-projectors", "limber"])
+def test_sharded_weights_train_like_whole_ones(tmp_path: Path, slug: str) -> None:
+    """ALBEF: its teacher, sharded too, follows its student."""
+    runs = [made(tmp_path, slug, world=2, strategy=strategy) for strategy in ("fsdp", "ddp")]
     assert_close(*runs, losses=LOSSES, state=STATE)
 
 
@@ -65,10 +78,14 @@ def test_a_resumed_run_is_the_same_run(
 
 
 def test_a_scalar_that_fsdp_cannot_shard_is_refused_by_name() -> None:
-    from tests.contract.build import build
+    from torch import nn
+
     from vlx.core.errors import ConfigError
     from vlx.engine.parallel import check_shardable
 
-    check_shardable(build("mae"))
-    with pytest.raises(ConfigError, match=r"cannot shard the scalar logit_scale\.log: use .*ddp"):
-        check_shardable(build("clip"))
+    method = nn.Module()
+    method.gate = nn.Parameter(torch.zeros(1))
+    check_shardable(method)
+    method.gate = nn.Parameter(torch.tensor(0.0))
+    with pytest.raises(ConfigError, match=r"cannot shard the scalar gate: use .*ddp"):
+        check_shardable(method)

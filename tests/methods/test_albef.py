@@ -299,6 +299,7 @@ def test_the_temperature_stays_within_its_bounds() -> None:
     for value, bound in ((3.0, 0.5), (-1.0, 0.001)):
         with torch.no_grad():
             method.temperature.value.fill_(value)
+        method.after_step(context())
         out = method.step(batch, context())
         assert out.metrics["temperature"].item() == pytest.approx(bound)
 

@@ -1,4 +1,7 @@
-"""The learned temperature of contrastive models."""
+"""The learned temperature of contrastive models.
+
+Parameters are of shape (1,), what they give of shape (): FSDP2 shards no scalars.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from torch import Tensor, nn
 
 
 class LogitScale(nn.Module):
-    """`exp` of a scalar parameter, which multiplies cosines. CLIP: starts at 1 / 0.07, at most 100.
+    """`exp` of a parameter, which multiplies cosines. CLIP: starts at 1 / 0.07, at most 100.
 
     Call `clamp` after every update.
     """
@@ -17,10 +20,10 @@ class LogitScale(nn.Module):
     def __init__(self, temperature: float = 0.07, largest: float = 100.0) -> None:
         super().__init__()
         self.largest = largest
-        self.log = nn.Parameter(torch.tensor(math.log(1 / temperature)))
+        self.log = nn.Parameter(torch.tensor([math.log(1 / temperature)]))
 
     def forward(self) -> Tensor:
-        return self.log.exp()
+        return self.log.exp().squeeze(0)
 
     @torch.no_grad()
     def clamp(self) -> None:
@@ -29,15 +32,19 @@ class LogitScale(nn.Module):
 
 
 class Temperature(nn.Module):
-    """A parameter that divides cosines, kept within 0.001 and 0.5 at every use (ALBEF, Li et al.
-    2021). Call it once a step: it is changed in place."""
+    """A parameter that divides cosines, kept within 0.001 and 0.5 (ALBEF, Li et al. 2021).
+
+    Call `clamp` after every update.
+    """
 
     def __init__(self, start: float = 0.07) -> None:
         super().__init__()
-        self.value = nn.Parameter(torch.tensor(start))
+        self.value = nn.Parameter(torch.tensor([start]))
 
     def forward(self) -> Tensor:
         """What multiplies cosines."""
-        with torch.no_grad():
-            self.value.clamp_(0.001, 0.5)
-        return 1 / self.value
+        return 1 / self.value.squeeze(0)
+
+    @torch.no_grad()
+    def clamp(self) -> None:
+        self.value.clamp_(0.001, 0.5)

@@ -247,12 +247,13 @@ class Trainable(Method):
 
 
 def decay_all_but_vectors(method: Trainable) -> list[ParamGroup]:
-    """Trainable parameters in two groups as timm's scripts make them: 1-D tensors undecayed, and
-    so a 0-D temperature decayed."""
+    """Trainable parameters in two groups as ALBEF's and other scripts make them: vectors
+    undecayed, and so a temperature, a scalar there and of shape (1,) here, decayed."""
     named = [(name, p) for name, p in method.named_parameters() if p.requires_grad]
-    vectors = [(name, p) for name, p in named if p.ndim == 1]
+    vectors = [(name, p) for name, p in named if p.ndim == 1 and p.numel() > 1]
+    kept = {name for name, _ in vectors}
     return [
-        ParamGroup("decay", [(name, p) for name, p in named if p.ndim != 1]),
+        ParamGroup("decay", [(name, p) for name, p in named if name not in kept]),
         ParamGroup("no_decay", vectors, weight_decay=0.0),
     ]
 

@@ -26,17 +26,27 @@ def cached_gradients(
     back. module: what wraps the method for several processes; seeded: seeds every generator for a
     micro-batch and gives its context. Returns the losses, which have no gradient any more.
     """
-    parts: list[dict[str, Tensor]] = []
+
+    def embed() -> list[dict[str, Tensor]]:
+        return [method.embed(batch, seeded(micro)) for micro, batch in enumerate(batches)]
+
     with torch.no_grad(), parallel.accelerator.autocast():
-        parts = [method.embed(batch, seeded(micro)) for micro, batch in enumerate(batches)]
+        parts = parallel.inside(module, embed)
     names = list(parts[0])
     together = {name: torch.cat([part[name] for part in parts]).requires_grad_() for name in names}
     sizes = [len(part[names[0]]) for part in parts]
     last = len(batches) - 1
-    with parallel.accelerator.autocast():
-        out = method.losses(together, seeded(last))
-    total = torch.stack([loss.float() for loss in out.losses.values()]).sum()
-    found = torch.autograd.grad(total, [together[name] for name in names], allow_unused=True)
+
+    def compare() -> tuple[StepOutput, tuple[Tensor | None, ...]]:
+        """The losses, without gradient, and the gradients of the embeddings."""
+        with parallel.accelerator.autocast():
+            out = method.losses(together, seeded(last))
+        total = torch.stack([loss.float() for loss in out.losses.values()]).sum()
+        grads = torch.autograd.grad(total, [together[name] for name in names], allow_unused=True)
+        losses = {name: loss.detach() for name, loss in out.losses.items()}
+        return StepOutput(losses, out.metrics), grads
+
+    out, found = parallel.inside(module, compare)
     pulled = {
         name: grad.split(sizes) for name, grad in zip(names, found, strict=True) if grad is not None
     }
@@ -49,5 +59,4 @@ def cached_gradients(
                 # The loss's own parameters (a temperature) get their gradient with the last one.
                 value = module(batch, ctx, rows, fixed if micro == last else None)
             parallel.accelerator.backward(value)
-    losses = {name: loss.detach() for name, loss in out.losses.items()}
-    return StepOutput(losses, out.metrics)
+    return out

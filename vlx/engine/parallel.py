@@ -59,7 +59,8 @@ class StepModule(nn.Module):
         return out.losses, out.metrics
 
     def call(self, function: Callable[[], T]) -> T:
-        """Call `function`; under FSDP with the parameters outside the blocks gathered."""
+        """Call `function`; under FSDP with the parameters outside the blocks gathered, and those of
+        a block while it runs."""
         return function()
 
 
@@ -127,6 +128,12 @@ class Parallel:
             module.set_requires_gradient_sync(last)  # type: ignore[operator]
             return nullcontext()
         return nullcontext() if last else self.accelerator.no_sync(module)
+
+    def inside(self, module: nn.Module, function: Callable[[], T]) -> T:
+        """Call `function` as a part of a step: what it calls of the method gathers its weights."""
+        if self.world == 1 or self.strategy is not Strategy.fsdp:
+            return function()
+        return module.call(function)  # type: ignore[operator]
 
     def whole(self, module: nn.Module, function: Callable[[], T]) -> T:
         """Call `function` with every parameter whole on every process.
@@ -206,12 +213,12 @@ class Parallel:
 
 
 def check_shardable(method: nn.Module) -> None:
-    """Raise `ConfigError` for parameters that FSDP2 cannot shard: scalars (a temperature)."""
+    """Raise `ConfigError` for parameters that FSDP2 cannot shard: those of shape ()."""
     scalars = [name for name, param in method.named_parameters() if param.ndim == 0]
     if scalars:
         raise ConfigError(
             f"launcher.strategy=fsdp cannot shard the scalar {scalars[0]}: "
-            "use launcher.strategy=ddp"
+            "use launcher.strategy=ddp, or give it shape (1,)"
         )
 
 

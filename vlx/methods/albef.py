@@ -384,6 +384,7 @@ class Albef(Trainable):
             self.text_queue.enqueue(texts)
             self.positives.enqueue(numbers)
             self.seen = None
+        self.temperature.clamp()
         self.teacher.update(self.towers)
 
     def param_groups(self) -> list[ParamGroup]:

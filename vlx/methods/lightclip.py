@@ -131,6 +131,7 @@ class Fusing(BlockHook):
 class Lightclip(Trainable):
     Config = LightclipConfig
     couples_batch = True
+    shards = False  # a text read with its image is fused inside the text tower's blocks
 
     def __init__(self, cfg: LightclipConfig, build: Builder) -> None:
         super().__init__(cfg, build)

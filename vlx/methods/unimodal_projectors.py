@@ -129,8 +129,11 @@ class UnimodalProjectors(Trainable):
         )
         return StepOutput({"contrastive": both / 2}, {"temperature": 1 / scale.detach()})
 
+    def after_step(self, ctx: StepContext) -> None:
+        self.temperature.clamp()
+
     def param_groups(self) -> list[ParamGroup]:
-        """All that is not 1-D is decayed, the 0-D temperature too (official code)."""
+        """All but vectors is decayed, the temperature too (official code)."""
         return decay_all_but_vectors(self)
 
     def exports(self) -> tuple[Capability, ...]:
