@@ -135,22 +135,24 @@ def test_gpu_only_settings_are_refused_without_one() -> None:
             Parallel(cfg.train, cfg.launcher)
 
 
+@pytest.mark.parametrize("sign", ["", "-"])
 def test_best_checkpoint_is_kept_beside_the_last(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sign: str
 ) -> None:
     from vlx.engine.run import Run
 
-    scores = iter([0.1, 0.9, 0.5, 0.4])
+    expected = [0.1, 0.9, 0.5, 0.4] if sign == "" else [0.9, 0.1, 0.5, 0.4]
+    scores = iter(expected)
     monkeypatch.setattr(Run, "_evaluate_during", lambda self, step: {"knn/top1": next(scores)})
     run_dir = make_run(
         tmp_path, "best", *QUICK, "train.batch_size=512", "train.steps=8", "eval.every_epochs=1",
-        "train.keep_best=knn/top1", "train.keep_last=1", "train.checkpoint_every=100",
+        f"train.keep_best={sign}knn/top1", "train.keep_last=1", "train.checkpoint_every=100",
     )  # fmt: skip
     run_here(run_dir)
     kept = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     assert kept == ["step-00000004", "step-00000008"]  # two steps an epoch; the second was best
     values = [r["eval/knn/top1"] for r in read_metrics(run_dir / "metrics.jsonl") if len(r) == 3]
-    assert values == [0.1, 0.9, 0.5, 0.4]
+    assert values == expected
 
 
 def test_unknown_best_metric_is_named(tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ class TrainPipeline:
         if self.steps_per_epoch == 0:
             raise ConfigError(
                 f"train.batch_size={share.batch_size} is larger than the {len(source)} samples of "
-                f"{source.info.name}/{source.info.split}"
+                f"{source.info.name}/{source.info.split}: lower it"
             )
         probed = probe_sizes(source, cfg)
         check_crops(source, probed, image_size, needs)

@@ -142,7 +142,8 @@ class TrainConfig:
     keep_last: int = 2
     """Checkpoints kept, newest first."""
     keep_best: str | None = None
-    """Also keep the checkpoint with the highest value of this evaluation metric."""
+    """Also keep the checkpoint with the highest value of this evaluation metric; with a minus
+    before its name, the lowest (-classification/loss)."""
     max_skipped_steps: int = 3
     """Steps in a row whose loss or gradient is not finite, after which the run stops."""
     adapter: str | None = None

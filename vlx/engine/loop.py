@@ -267,7 +267,9 @@ class Trainer:
             self.average.close(_watched("swad", train.swad, metrics))
         if train.keep_best is None:
             return False
-        value = _watched("keep_best", train.keep_best, metrics)
+        name = train.keep_best.removeprefix("-")
+        value = _watched("keep_best", name, metrics)
+        value = -value if name != train.keep_best else value
         if self.progress.best is not None and value <= self.progress.best:
             return False
         self.progress.best = value
