@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 import timm
 
 from vlx.core.errors import CheckpointError, ConfigError, nearest
 from vlx.encoders.base import VisionEncoder
 from vlx.encoders.config import EncoderConfig
 from vlx.encoders.names import timm_names
+
+log = logging.getLogger("vlx")
 
 
 def published_statistics(name: str) -> tuple[list[float], list[float]] | None:
@@ -35,6 +39,9 @@ def load_published(encoder: VisionEncoder, cfg: EncoderConfig) -> None:
     trained with: a silent fault otherwise. Raises `CheckpointError` where they cannot be fetched.
     """
     check_statistics(cfg)
+    log.info(f"weights of {cfg.name}: timm's, fetched where they are not in the cache")
+    # Its ten retries without a network would stand as ten warnings before the one error.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         loaded = encoder.published(cfg)
     except OSError as error:
