@@ -238,6 +238,14 @@ def test_positions_are_resampled_for_another_image_size(tmp_path: Path) -> None:
     assert ours.towers.image.spec.grid == (6, 6)
 
 
+def test_a_scalar_temperature_of_an_older_run_loads() -> None:
+    method = build("clip")
+    state = method.state_dict()
+    assert state["logit_scale.log"].shape == (1,)
+    method.load_state_dict(state | {"logit_scale.log": torch.tensor(1.5)})
+    assert method.logit_scale().item() == pytest.approx(math.exp(1.5))  # type: ignore[operator]
+
+
 def test_the_temperature_starts_learns_and_stays_within_its_bounds() -> None:
     method = build("clip")
     assert isinstance(method, Clip)

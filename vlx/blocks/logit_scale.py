@@ -6,12 +6,23 @@ Parameters are of shape (1,), what they give of shape (): FSDP2 shards no scalar
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-class LogitScale(nn.Module):
+class _Number(nn.Module):
+    """A learned number of shape (1,) that also loads from a scalar, which older runs hold."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, _ in self.named_parameters(prefix.removesuffix("."), recurse=False):
+            if name in state_dict:
+                state_dict[name] = state_dict[name].reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class LogitScale(_Number):
     """`exp` of a parameter, which multiplies cosines. CLIP: starts at 1 / 0.07, at most 100.
 
     Call `clamp` after every update.
@@ -31,7 +42,7 @@ class LogitScale(nn.Module):
         self.log.clamp_(0, math.log(self.largest))
 
 
-class Temperature(nn.Module):
+class Temperature(_Number):
     """A parameter that divides cosines, kept within 0.001 and 0.5 (ALBEF, Li et al. 2021).
 
     Call `clamp` after every update.
