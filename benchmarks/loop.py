@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 import tempfile
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks.measure import Row, alternate
+from benchmarks.measure import Row, alternate, peak_mib
 from vlx.config.compose import compose
 from vlx.core import registry
 from vlx.core.fields import Batch
@@ -145,4 +144,4 @@ if __name__ == "__main__":
             fit(vlx_loop(words, Path(tmp)), count)
     else:
         BareLoop(words).fit(count)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(peak_mib())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -33,8 +34,13 @@ class Row:
 HEADER = "| what | vlx | peer | ratio vlx/peer | target |\n|---|---|---|---|---|"
 
 
+def peak_mib() -> float:
+    """The most memory that this process ever held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def alternate(
-    ours: Callable[[], None], peer: Callable[[], None], *, rounds: int, warmup: int = 1
+    ours: Callable[[], object], peer: Callable[[], object], *, rounds: int, warmup: int = 1
 ) -> tuple[float, float]:
     """Median seconds of each, the order swapped every round."""
     for _ in range(warmup):

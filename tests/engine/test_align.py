@@ -78,14 +78,12 @@ def test_a_resumed_run_is_the_same_run(
 
 
 def test_a_scalar_that_fsdp_cannot_shard_is_refused_by_name() -> None:
-    from torch import nn
-
     from vlx.core.errors import ConfigError
     from vlx.engine.parallel import check_shardable
 
-    method = nn.Module()
-    method.gate = nn.Parameter(torch.zeros(1))
+    method = torch.nn.Module()
+    method.gate = torch.nn.Parameter(torch.zeros(1))
     check_shardable(method)
-    method.gate = nn.Parameter(torch.tensor(0.0))
+    method.gate = torch.nn.Parameter(torch.tensor(0.0))
     with pytest.raises(ConfigError, match=r"cannot shard the scalar gate: use .*ddp"):
         check_shardable(method)

@@ -266,6 +266,22 @@ def test_matching_starts_near_a_coins_toss() -> None:
     assert sum(losses) / 4 == pytest.approx(math.log(2), abs=0.2)
 
 
+@pytest.mark.slow
+def test_matching_and_contrast_fit_eight_pairs() -> None:
+    method, batch = albef(), smoke_batch("albef")
+    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=1e-3)
+    accuracy = []
+    for step in range(500):
+        out = seeded_step(method, batch, step)
+        optimizer.zero_grad()
+        sum(out.losses.values(), torch.zeros(())).backward()
+        optimizer.step()
+        method.after_step(context(step))
+        accuracy.append(out.metrics["itm_accuracy"].item())
+    assert max(accuracy[:50]) < 0.8  # the share of unmatched pairs is 0.67
+    assert min(accuracy[-20:]) > 0.9
+
+
 def test_patches_learn_from_matching_and_words_and_the_temperature_from_the_contrast() -> None:
     method, batch = albef().eval(), smoke_batch("albef")
     made: list[Tensor] = []

@@ -16,9 +16,9 @@ class _Number(nn.Module):
     """A learned number of shape (1,) that also loads from a scalar, which older runs hold."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name, _ in self.named_parameters(prefix.removesuffix("."), recurse=False):
-            if name in state_dict:
-                state_dict[name] = state_dict[name].reshape(1)
+        for key in (prefix + name for name in self._parameters):
+            if key in state_dict:
+                state_dict[key] = state_dict[key].reshape(1)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -251,11 +251,8 @@ def decay_all_but_vectors(method: Trainable) -> list[ParamGroup]:
     undecayed, and so a temperature, a scalar there and of shape (1,) here, decayed."""
     named = [(name, p) for name, p in method.named_parameters() if p.requires_grad]
     vectors = [(name, p) for name, p in named if p.ndim == 1 and p.numel() > 1]
-    kept = {name for name, _ in vectors}
-    return [
-        ParamGroup("decay", [(name, p) for name, p in named if name not in kept]),
-        ParamGroup("no_decay", vectors, weight_decay=0.0),
-    ]
+    others = [(name, p) for name, p in named if p.ndim != 1 or p.numel() == 1]
+    return [ParamGroup("decay", others), ParamGroup("no_decay", vectors, weight_decay=0.0)]
 
 
 @runtime_checkable

@@ -41,7 +41,9 @@ def load_published(encoder: VisionEncoder, cfg: EncoderConfig) -> None:
     check_statistics(cfg)
     log.info(f"weights of {cfg.name}: timm's, fetched where they are not in the cache")
     # Its ten retries without a network would stand as ten warnings before the one error.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)
     try:
         loaded = encoder.published(cfg)
     except OSError as error:
@@ -50,6 +52,8 @@ def load_published(encoder: VisionEncoder, cfg: EncoderConfig) -> None:
             "fetched: connect to the network, or set encoder.pretrained=false "
             "encoder.checkpoint=FILE"
         ) from error
+    finally:
+        hub.setLevel(level)
     state, own = loaded.state_dict(), encoder.backbone.state_dict()
     # A projection (`drop_head_bias`) has fewer names than timm's head, and no more.
     encoder.backbone.load_state_dict({key: state[key] for key in own})

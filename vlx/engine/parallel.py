@@ -93,6 +93,11 @@ class Parallel:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are spread over the processes."""
+        return self.world > 1 and self.strategy is Strategy.fsdp
+
     def wrap(self, method: Trainable, compile_blocks: bool) -> nn.Module:
         """The module to call for a step. Build optimizers after this: sharding swaps parameters."""
         method.to(self.device)
@@ -100,7 +105,7 @@ class Parallel:
         if compile_blocks:
             for part in method.compiled_parts():
                 part.compile()
-        if self.world > 1 and self.strategy is Strategy.fsdp:
+        if self.sharded:
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -124,16 +129,14 @@ class Parallel:
         """Hold back the gradient exchange until the last micro-batch of a step."""
         if self.world == 1:
             return nullcontext()
-        if self.strategy is Strategy.fsdp:
+        if self.sharded:
             module.set_requires_gradient_sync(last)  # type: ignore[operator]
             return nullcontext()
         return nullcontext() if last else self.accelerator.no_sync(module)
 
     def inside(self, module: nn.Module, function: Callable[[], T]) -> T:
         """Call `function` as a part of a step: what it calls of the method gathers its weights."""
-        if self.world == 1 or self.strategy is not Strategy.fsdp:
-            return function()
-        return module.call(function)  # type: ignore[operator]
+        return module.call(function) if self.sharded else function()  # type: ignore[operator]
 
     def whole(self, module: nn.Module, function: Callable[[], T]) -> T:
         """Call `function` with every parameter whole on every process.
@@ -141,7 +144,7 @@ class Parallel:
         Sharded weights are gathered before and freed after, so that `function` needs no other
         process: what evaluators do may differ between processes without one waiting for ever.
         """
-        if self.world == 1 or self.strategy is not Strategy.fsdp:
+        if not self.sharded:
             return function()
         from torch.distributed.fsdp import FSDPModule
 
@@ -156,7 +159,7 @@ class Parallel:
 
         try:
             # Through the root's forward hooks: FSDP2 must meet its root first.
-            return module.call(gathered)  # type: ignore[operator]
+            return self.inside(module, gathered)
         finally:
             for block in blocks:
                 block.set_reshard_after_forward(True, recurse=False)
