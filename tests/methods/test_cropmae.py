@@ -197,7 +197,7 @@ def test_the_block_is_cross_mlp_self_each_normalised_after() -> None:
 def test_the_local_box_lies_in_the_resized_global_view_with_its_share_of_area() -> None:
     cfg = CropmaeConfig()
     crop = RandomResizedCrop(scale=(cfg.local_scale[0], cfg.local_scale[1]))
-    u = uniform(torch.arange(500), 4)
+    u = uniform(torch.arange(500), crop.draws)
     boxes = crop.boxes(torch.full((500, 2), 224), u)
     top, left, height, width = boxes.unbind(1)
     assert (top >= 0).all()

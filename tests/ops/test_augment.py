@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torchvision.transforms import RandomResizedCrop as TorchvisionCrop
 from torchvision.transforms.v2 import functional as F
 
 from vlx.ops.augment import (
@@ -75,7 +76,9 @@ def test_images_stay_in_range_and_inputs_unchanged(op) -> None:
 def test_boxes_lie_inside_the_image_in_whole_pixels(
     size: tuple[int, int], scale: tuple[float, float]
 ) -> None:
-    u = torch.cat([uniforms(2000, 4), torch.zeros(1, 4), torch.full((1, 4), 1 - 2**-24)])
+    draws = RandomResizedCrop().draws
+    rim = [torch.zeros(1, draws), torch.full((1, draws), 1 - 2**-24)]
+    u = torch.cat([uniforms(2000, draws), *rim])
     sizes = torch.tensor(size).expand(len(u), 2)
     boxes = RandomResizedCrop(scale=scale).boxes(sizes, u)
     assert torch.equal(boxes, boxes.round())
@@ -91,7 +94,7 @@ def test_boxes_lie_inside_the_image_in_whole_pixels(
 def test_boxes_have_the_area_and_ratio_asked_for() -> None:
     sizes = torch.tensor([1000, 1000]).expand(5000, 2)
     crop = RandomResizedCrop(scale=(0.1, 0.5))
-    _, _, height, width = crop.boxes(sizes, uniforms(5000, 4)).unbind(1)
+    _, _, height, width = crop.boxes(sizes, uniforms(5000, crop.draws)).unbind(1)
     share = height * width / 1e6
     assert share.min() > 0.1 - 2e-3  # rounding to whole pixels
     assert share.max() < 0.5 + 2e-3
@@ -102,11 +105,53 @@ def test_boxes_have_the_area_and_ratio_asked_for() -> None:
     assert abs(ratio.log().mean()) < 0.02
 
 
-def test_boxes_follow_each_sample_s_own_size() -> None:
-    sizes = torch.tensor([[10, 20], [300, 200]])
-    boxes = RandomResizedCrop(scale=(1.0, 1.0), ratio=(1.0, 1.0)).boxes(sizes, uniforms(2, 4))
-    # Area 200 as a square of 14 does not fit 10 rows: clipped; 300 x 200 clips to 245 x 200.
-    assert boxes[:, 2:].tolist() == [[10, 14], [245, 200]]
+SHAPES = [(224, 224), (375, 500), (500, 375), (480, 640), (100, 900)]
+SCALES = [(0.08, 1.0), (0.2, 1.0), (0.9, 1.0), (0.05, 0.4)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("scale", SCALES, ids=str)
+def test_boxes_are_distributed_as_torchvision_s(
+    shape: tuple[int, int], scale: tuple[float, float]
+) -> None:
+    """Area, ratio, place and the share of boxes that span a whole side."""
+    count = 3000
+    image = torch.empty(1, *shape)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        drawn = [
+            TorchvisionCrop.get_params(image, list(scale), [3 / 4, 4 / 3]) for _ in range(count)
+        ]
+    theirs = torch.tensor(drawn, dtype=torch.float64)
+    crop = RandomResizedCrop(scale=scale)
+    sizes = torch.tensor(shape).expand(count, 2)
+    ours = crop.boxes(sizes, uniforms(count, crop.draws)).double()
+
+    def facts(boxes: Tensor) -> dict[str, Tensor]:
+        top, left, height, width = boxes.unbind(1)
+        whole = (height == shape[0]) | (width == shape[1])
+        return {
+            "area": height * width,
+            "ratio": width / height,
+            "top": top,
+            "left": left,
+            "whole": whole.double(),
+        }
+
+    for (name, mine), other in zip(facts(ours).items(), facts(theirs).values()):
+        # Kolmogorov and Smirnov's two-sample distance, its bound at p = 0.001.
+        at = torch.cat([mine, other]).unique()
+        ranks = [torch.searchsorted(v.sort()[0], at, right=True) / count for v in (mine, other)]
+        assert (ranks[0] - ranks[1]).abs().max() < 1.95 * math.sqrt(2 / count), name
+
+
+def test_an_image_that_no_box_fits_gives_torchvision_s_central_box() -> None:
+    shapes = [(100, 900), (900, 100), (10, 21), (300, 200), (64, 64), (31, 40)]
+    crop = RandomResizedCrop(scale=(3.0, 3.0))  # larger than any image
+    ours = crop.boxes(torch.tensor(shapes), uniforms(len(shapes), crop.draws))
+    for box, shape in zip(ours.tolist(), shapes):
+        expected = TorchvisionCrop.get_params(torch.empty(1, *shape), [3.0, 3.0], [3 / 4, 4 / 3])
+        assert box == list(expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])

@@ -13,34 +13,42 @@ from vlx.ops.resample import Interpolation, crop_resize
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-_TRIES = 10  # boxes that random erasing draws before it gives an image up, as timm
+_TRIES = 10  # boxes drawn for an image, as torchvision's crop and timm's erasing
 
 
 @dataclass(frozen=True)
 class RandomResizedCrop:
     """A box of random area and aspect ratio, resized to the view's size.
 
-    Area and log-ratio are drawn once and the sides clipped to the image (the loop-free form; for
-    ratios near 1 and images near square it differs from torchvision's ten tries only at the rim).
+    As torchvision's: of ten drawn boxes the first that fits the image counts; where none does, the
+    largest central box whose ratio is in range.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
     """Share of the image's area, 0..1."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width over height."""
     interpolation: Interpolation = Interpolation.bicubic
-    draws: int = 4
+    draws: int = 2 + 2 * _TRIES
 
     def boxes(self, sizes: Tensor, u: Tensor) -> Tensor:
-        """`(B, 4)` top, left, height, width in whole pixels, for sizes (B, 2) and u (B, 4)."""
-        heights, widths = sizes[:, 0].float(), sizes[:, 1].float()
-        area = heights * widths * (self.scale[0] + u[:, 0] * (self.scale[1] - self.scale[0]))
-        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
-        ratio = torch.exp(low + u[:, 1] * (high - low))
-        width = torch.minimum((area * ratio).sqrt().round().clamp(min=1), widths)
-        height = torch.minimum((area / ratio).sqrt().round().clamp(min=1), heights)
-        top = torch.floor(u[:, 2] * (heights - height + 1))
-        left = torch.floor(u[:, 3] * (widths - width + 1))
-        return torch.stack([top, left, height, width], dim=1)
+        """`(B, 4)` top, left, height, width in whole pixels, for sizes (B, 2) and u (B, draws)."""
+        extent = sizes.to(torch.float32)  # (B, 2)
+        tall, wide = _drawn_sides(extent, u[:, 2:], self.scale, self.ratio).unbind(2)
+        sides = torch.stack([wide, tall], dim=2)  # here a ratio is width over height
+        fits = ((sides >= 1) & (sides <= extent[:, None])).all(2)
+        side = _first(sides, fits)
+        corner = torch.floor(u[:, :2] * (extent - side + 1.0))
+        whole = self._central_side(extent)
+        found = fits.any(1, keepdim=True)
+        corner = torch.where(found, corner, torch.floor((extent - whole) / 2))
+        return torch.cat([corner, torch.where(found, side, whole)], dim=1)
+
+    def _central_side(self, extent: Tensor) -> Tensor:
+        """`(B, 2)` height and width of the largest box of a ratio in range, for extent (B, 2)."""
+        height, width = extent.unbind(1)
+        tall = torch.minimum(height, (width / self.ratio[0]).round())
+        return torch.stack([tall, torch.minimum(width, (height * self.ratio[1]).round())], dim=1)
 
     def __call__(self, images: Tensor, sizes: Tensor, u: Tensor, size: int) -> Tensor:
         return crop_resize(images, self.boxes(sizes, u), (size, size), self.interpolation)
@@ -199,16 +207,11 @@ class RandomErasing:
         All zero where nothing is erased. Of ten draws the first that is smaller than the image in
         both directions counts.
         """
-        extent = sizes[:, :, None].to(torch.float32)  # (B, 2, 1)
-        share, shape = u[:, 5:].split(_TRIES, dim=1)
-        area = extent.prod(1) * (self.area[0] + share * (self.area[1] - self.area[0]))
-        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
-        ratio = torch.exp(low + shape * (high - low))  # (B, 10)
-        sides = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], 1).round()
-        fits = (sides < extent).all(1)
-        first = fits.to(torch.int64).argmax(1)  # argmax gives the first of equals
-        side = sides[torch.arange(len(u), device=u.device), :, first]  # (B, 2)
-        corner = torch.floor(u[:, 1:3] * (extent[..., 0] - side + 1.0))
+        extent = sizes.to(torch.float32)  # (B, 2)
+        sides = _drawn_sides(extent, u[:, 5:], self.area, self.ratio)
+        fits = (sides < extent[:, None]).all(2)
+        side = _first(sides, fits)
+        corner = torch.floor(u[:, 1:3] * (extent - side + 1.0))
         erased = fits.any(1) & (u[:, 0] < self.p)
         return torch.cat([corner, side], dim=1).to(torch.int64) * erased[:, None]
 
@@ -228,6 +231,24 @@ class RandomErasing:
         out = images.clone()
         out.permute(0, 2, 3, 1)[sample, row, column] = fill.to(out.dtype)
         return out
+
+
+def _drawn_sides(
+    extent: Tensor, u: Tensor, area: tuple[float, float], ratio: tuple[float, float]
+) -> Tensor:
+    """`(B, K, 2)` sides of K random boxes in whole pixels, the first over the second of log-uniform
+    `ratio`. extent: (B, 2); u: (B, 2 K); area: a share of the image's."""
+    share, shape = u.chunk(2, dim=1)  # (B, K)
+    pixels = extent.prod(1, keepdim=True) * (area[0] + share * (area[1] - area[0]))
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    drawn = torch.exp(low + shape * (high - low))
+    return torch.stack([(pixels * drawn).sqrt(), (pixels / drawn).sqrt()], dim=2).round()
+
+
+def _first(sides: Tensor, fits: Tensor) -> Tensor:
+    """`(B, 2)`: of sides (B, K, 2) the first that fits (B, K), or the first of all."""
+    first = fits.to(torch.int64).argmax(1)  # argmax gives the first of equals
+    return sides[torch.arange(len(sides), device=sides.device), first]
 
 
 def _grey(images: Tensor) -> Tensor:
