@@ -308,6 +308,44 @@ def test_a_field_that_the_source_lacks_is_named(tmp_path: Path) -> None:
         pipeline(folder(tmp_path), needs=needs)
 
 
+class WithMasks:
+    """A folder that says that it has masks too."""
+
+    def __init__(self, cfg: DataConfig) -> None:
+        self._source = open_source(cfg, "train")
+        self.info = replace(self._source.info, fields=("image", "label", "mask"))
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, index: int) -> Sample:
+        return self._source.read(index)
+
+    def describe(self, index: int) -> str:
+        return self._source.describe(index)
+
+
+@pytest.mark.parametrize(
+    ("needs", "line"),
+    [
+        (Needs(views=(ViewSpec("local", (), of="mask"),)), "view 'local' is of the field 'mask'"),
+        (Needs(views=(ViewSpec("a", (), of="b"), ViewSpec("b", ()))), "needs the field 'b'"),
+        (
+            Needs(views=(), fields=(Field("mask", "B H W", torch.bool, "where"),)),
+            "reads the field 'mask'.*carry label, text, text_length",
+        ),
+    ],
+)
+def test_what_the_pipeline_cannot_carry_is_refused_when_the_run_is_built(
+    tmp_path: Path, needs: Needs, line: str
+) -> None:
+    cfg = folder(tmp_path)
+    with pytest.raises(DataError, match=line):
+        TrainPipeline(
+            WithMasks(cfg), needs, cfg=cfg, image_size=16, seed=7, share=Share(6), device=CPU
+        )
+
+
 # --- evaluation
 
 

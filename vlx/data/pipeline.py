@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlx.core import random
 from vlx.core.errors import ConfigError, DataError, nearest
-from vlx.core.fields import Batch, Needs
+from vlx.core.fields import IMAGE, LABEL, TEXT, TEXT_LENGTH, Batch, Needs
 from vlx.core.text import Tokenizer
 from vlx.data.config import DataConfig, Resident
 from vlx.data.host import (
@@ -32,6 +32,7 @@ from vlx.ops.augment import HorizontalFlip, RandomCrop
 
 log = logging.getLogger("vlx")
 _PROBED = 16  # samples read to see whether all images have one size
+_CARRIED = {LABEL.name, TEXT.name, TEXT_LENGTH.name}  # as they are, beside views
 _ENCODERS = {8: "digits", 32: "cifar"}  # conf/encoder: made for images of this side
 
 
@@ -63,12 +64,27 @@ class Share:
 
 
 def check_fields(source: Source, needs: Needs) -> None:
-    """Raise `DataError` when the source lacks a field that the method reads."""
+    """Raise `DataError` when the source lacks a field that the method reads, or the pipeline has no
+    way for it."""
     for name in needs.source_fields:
         if name not in source.info.fields:
             raise DataError(
                 f"the method needs the field '{name}'; {source.info.name} has "
                 f"{', '.join(source.info.fields)}. {nearest(name, source.info.fields, 1)}"
+            )
+    made: set[str] = set()
+    for view in needs.views:
+        if view.of not in made and view.of != IMAGE.name:
+            raise DataError(
+                f"the view '{view.name}' is of the field '{view.of}': views are made of "
+                f"'{IMAGE.name}' or of a view declared before ({', '.join(sorted(made)) or 'none'})"
+            )
+        made.add(view.name)
+    for field in needs.fields:
+        if field.name not in _CARRIED:
+            raise DataError(
+                f"the method reads the field '{field.name}': batches carry "
+                f"{', '.join(sorted(_CARRIED))} beside views"
             )
 
 
