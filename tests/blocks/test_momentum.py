@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 
-from vlx.blocks.momentum import MomentumCopy
+from vlx.blocks.momentum import MomentumCopy, follow, rising_momentum
 
 
 def student() -> nn.Sequential:
@@ -50,3 +51,21 @@ def test_it_shares_no_weight_and_no_gradient_and_drops_out_in_training() -> None
     for mode in (False, True):
         around.train(mode)
         assert around["teacher"].module[2].training is mode  # type: ignore[union-attr, index]
+
+
+def test_following_moves_parameters_and_leaves_buffers() -> None:
+    module, teacher = student(), student()
+    module(torch.randn(8, 3))
+    before = copy.deepcopy(teacher)
+    follow(teacher, module, 0.75)
+    for own, old, followed in zip(
+        teacher.parameters(), before.parameters(), module.parameters(), strict=True
+    ):
+        torch.testing.assert_close(own, 0.75 * old + 0.25 * followed)
+    for name, value in before.named_buffers():
+        assert torch.equal(value, teacher.get_buffer(name)), name
+
+
+def test_a_rising_momentum_is_byols() -> None:
+    found = [rising_momentum(0.996, step, 100) for step in (0, 25, 50, 100)]
+    assert found == pytest.approx([0.996, 0.996586, 0.998, 1.0], abs=1e-6)

@@ -11,11 +11,12 @@ from torch import Tensor
 from tests.contract.build import build, config, context, smoke_batch
 from vlx.blocks.reconstruction_head import ReconstructionHead
 from vlx.commands.dry_run import measure
+from vlx.core.config import Corruption
 from vlx.core.errors import ConfigError
 from vlx.core.random import uniform
 from vlx.encoders.build import EncoderBuilder
 from vlx.encoders.config import EncoderConfig
-from vlx.methods.gmml import Corruption, Gmml, GmmlConfig
+from vlx.methods.gmml import Gmml, GmmlConfig
 from vlx.ops.corrupt import draw_rectangles, group_partner, shift_filler, union_mask
 from vlx.ops.gradients import clip_each
 
@@ -122,7 +123,7 @@ def test_an_alignment_that_leaves_no_side_is_refused() -> None:
 def test_pixels_outside_the_mask_are_the_clean_ones_bit_for_bit() -> None:
     method = small_method()
     clean = pair()["first"]
-    corrupted, mask = method.corrupt(clean, context(), "first")
+    corrupted, mask = method.destroy(clean, context(), "first")
     outside = ~mask.expand_as(clean)
     assert torch.equal(corrupted[outside], clean[outside])
     assert (corrupted[mask.expand_as(clean)] != clean[mask.expand_as(clean)]).float().mean() > 0.99
@@ -131,7 +132,7 @@ def test_pixels_outside_the_mask_are_the_clean_ones_bit_for_bit() -> None:
 def test_half_of_the_images_carry_noise_over_more_than_half_and_half_aliens_over_less() -> None:
     method = small_method()
     clean = torch.rand(400, 3, 32, 32)
-    corrupted, mask = method.corrupt(clean, context(), "first")
+    corrupted, mask = method.destroy(clean, context(), "first")
     area = mask.float().mean((1, 2, 3))
     alien = area < 0.45
     assert alien.float().mean().item() == pytest.approx(0.5, abs=0.08)
@@ -147,7 +148,7 @@ def test_half_of_the_images_carry_noise_over_more_than_half_and_half_aliens_over
 def test_types_are_drawn_per_image_and_aliens_get_rarer() -> None:
     method = small_method(corruptions=[Corruption.noise, Corruption.zeros, Corruption.shift])
     clean = 2.0 + torch.rand(300, 3, 32, 32)
-    corrupted, mask = method.corrupt(clean, context(), "first")
+    corrupted, mask = method.destroy(clean, context(), "first")
     area = mask.float().mean((1, 2, 3))
     inside = mask.expand_as(clean)
     own = area >= 0.5
@@ -167,7 +168,7 @@ def test_the_shifted_image_is_made_of_its_own_pixels_in_other_places() -> None:
 def test_an_alien_that_is_the_image_itself_changes_nothing_though_its_mask_is_set() -> None:
     method = small_method()
     clean = torch.rand(1, 3, 32, 32).expand(8, -1, -1, -1)
-    corrupted, mask = method.corrupt(clean, context(), "first")
+    corrupted, mask = method.destroy(clean, context(), "first")
     alien = mask.float().mean((1, 2, 3)) < 0.45
     assert alien.any()
     assert mask[alien].any()
@@ -195,7 +196,7 @@ def test_zero_gradient_on_the_prediction_outside_the_mask() -> None:
     batch = pair()
     method.step(batch, context()).losses["recon"].backward()
     views = [method.encoder.normalise(batch[name]) for name in batch]
-    pairs = [method.corrupt(v, context(), n) for v, n in zip(views, batch)]
+    pairs = [method.destroy(v, context(), n) for v, n in zip(views, batch)]
     mask = torch.cat([m for _, m in pairs]).expand(8, 3, 32, 32)
     (pred,) = kept
     assert pred.grad is not None
@@ -212,7 +213,7 @@ def test_a_prediction_of_zero_costs_the_mean_clean_value_on_the_mask() -> None:
     total, count = torch.zeros(()), 0
     for name, images in batch.items():
         clean = method.encoder.normalise(images)
-        _, mask = method.corrupt(clean, context(), name)
+        _, mask = method.destroy(clean, context(), name)
         total += clean[mask.expand_as(clean)].abs().sum()
         count += int(mask.sum()) * 3
     torch.testing.assert_close(out.losses["recon"], total / count)
@@ -229,8 +230,8 @@ def test_the_two_views_do_not_interact_and_are_corrupted_apart() -> None:
     batch = pair()
     same = {"first": batch["first"], "second": batch["first"]}
     clean = method.encoder.normalise(batch["first"])
-    first, _ = method.corrupt(clean, context(), "first")
-    second, _ = method.corrupt(clean, context(), "second")
+    first, _ = method.destroy(clean, context(), "first")
+    second, _ = method.destroy(clean, context(), "second")
     assert not torch.equal(first, second)
     whole = method.predict(torch.cat([first, second]))
     torch.testing.assert_close(whole[:4], method.predict(first), atol=1e-5, rtol=1e-4)

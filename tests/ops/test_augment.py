@@ -23,6 +23,7 @@ from vlx.ops.augment import (
     RandomCrop,
     RandomErasing,
     RandomResizedCrop,
+    Solarize,
 )
 
 OPS = [
@@ -33,6 +34,7 @@ OPS = [
     ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
     GaussianBlur(),
     Grayscale(p=0.5),
+    Solarize(p=0.5),
 ]
 BATCH = 6
 
@@ -413,3 +415,10 @@ def test_noise_belongs_to_the_sample_and_its_uniforms() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     rows = out[0, :, box[0].any(1)]
     assert not torch.equal(rows[:, 0], rows[:, 1])  # a pixel's noise is its own
+
+
+def test_solarising_inverts_what_pillow_inverts() -> None:
+    levels = torch.arange(256, dtype=torch.uint8).expand(1, 3, 256, 256)
+    found = Solarize(p=1.0)(levels / 255.0, sizes_of(levels), torch.zeros(1, 1), 256)
+    expected = F.solarize(levels, threshold=128) / 255.0
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)

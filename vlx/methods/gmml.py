@@ -15,31 +15,25 @@ out, and so is its fine-tuning.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from vlx.blocks.reconstruction_head import ReconstructionHead
-from vlx.core.capability import Capability, Reconstruction
-from vlx.core.config import MethodConfig
+from vlx.core.capability import Capability
+from vlx.core.config import GroupMaskingConfig
 from vlx.core.errors import ConfigError
 from vlx.core.fields import Batch, Needs, ViewSpec
 from vlx.core.method import Builder, StepContext, StepOutput, Trainable
 from vlx.core.paper import Paper
 from vlx.encoders.base import EncoderFeatures
 from vlx.encoders.init import trunc_normal_vit_init
+from vlx.families.group_masking import CorruptedReconstruction, GroupMasking
 from vlx.ops.augment import ColorJitter, GaussianBlur, HorizontalFlip, RandomResizedCrop
-from vlx.ops.corrupt import (
-    DRAWS_PER_RECTANGLE,
-    group_partner,
-    noise_filler,
-    shift_filler,
-    union_mask,
-    zeros_filler,
-)
 from vlx.ops.dist import global_mean
 from vlx.ops.gradients import clip_each
+from vlx.ops.targets import masked_l1
 
 PAPER = Paper(
     number=22,
@@ -56,37 +50,14 @@ PAPER = Paper(
 )
 
 VIEWS = ("first", "second")
-ALIEN_GROUP = 4
-
-
-class Corruption(Enum):
-    """What is put into a destroyed rectangle."""
-
-    noise = "noise"
-    zeros = "zeros"
-    shift = "shift"
 
 
 @dataclass(kw_only=True)
-class GmmlConfig(MethodConfig):
-    noise_max: float = 0.75
-    """Most of the image that is destroyed, 0..1; the share is drawn from [0.5, this]. Code."""
-    alien_max: float = 0.3
-    """Share of the image that another image's rectangles replace, 0..1. Official code: 0.3."""
-    block_max: float = 0.3
-    """Largest side of a rectangle as a share of the image's side, exclusive. Official code."""
-    align: int = 1
-    """Corners and sides are multiples of so many pixels; the patch size aligns. Code: 1."""
-    max_rectangles: int = 128
-    """Rectangles drawn for an image. Ours: 0.75 takes about 85 on average."""
-    corruptions: list[Corruption] = field(default_factory=lambda: [Corruption.noise])
-    """Types of corruption, one drawn per image: noise, zeros, shift. Official code: noise."""
+class GmmlConfig(GroupMaskingConfig):
     taps: list[int] = field(default_factory=lambda: [6, 8, 10, 12])
     """Blocks whose outputs are averaged for the head; the last must be among them. Code."""
     drop_only: bool = True
     """Count the loss on destroyed pixels only. Official code: true."""
-    clip_each: float = 3.0
-    """Largest gradient norm of every tensor on its own. Official code: 3."""
     crop_scale: list[float] = field(default_factory=lambda: [0.05, 1.0])
     """Area of the random resized crop, low and high, 0..1. Official code without small crops."""
     flip: float = 0.5
@@ -110,13 +81,7 @@ class Gmml(Trainable):
                 f"the last, {spec.depth}: later blocks would not be trained"
             )
         self.head = ReconstructionHead(spec.dim, spec.patch_size, spec.grid)
-        kinds = {
-            Corruption.noise: noise_filler,
-            Corruption.zeros: zeros_filler,
-            Corruption.shift: shift_filler,
-        }
-        self.fillers = [kinds[kind] for kind in cfg.corruptions]
-        self.alien_share = 1 / (len(self.fillers) + 1)
+        self.destroy = GroupMasking(cfg, spec.image_size)
 
     @classmethod
     def needs(cls, cfg: GmmlConfig) -> Needs:
@@ -130,12 +95,12 @@ class Gmml(Trainable):
 
     def step(self, batch: Batch, ctx: StepContext) -> StepOutput:
         views = [self.encoder.normalise(batch[name]) for name in VIEWS]
-        pairs = [self.corrupt(clean, ctx, name) for clean, name in zip(views, VIEWS)]
+        pairs = [self.destroy(clean, ctx, name) for clean, name in zip(views, VIEWS)]
         clean = torch.cat(views)  # (2B, 3, H, H)
         corrupted, mask = (torch.cat(parts) for parts in zip(*pairs))
         pred = self.predict(corrupted)
-        counted = (mask | (not self.cfg.drop_only)).expand_as(clean).to(clean.dtype)
-        total, count = ((pred - clean).abs() * counted).sum(), counted.sum()
+        total, count = masked_l1(pred, clean, mask | (not self.cfg.drop_only))
+        total, count = total.sum(), count.sum()
         metrics = {"recon_count": count, "mask_ratio": mask.float().mean()}
         return StepOutput({"recon": global_mean(total, count)}, metrics)
 
@@ -146,51 +111,14 @@ class Gmml(Trainable):
         tokens = self.encoder.vit.norm(mean)  # (B, P + N, D)
         return self.head(tokens[:, self.encoder.spec.num_prefix :])
 
-    def corrupt(self, clean: Tensor, ctx: StepContext, view: str) -> tuple[Tensor, Tensor]:
-        """The corrupted view and its mask (B, 1, H, H), True = destroyed.
-
-        Half of the images (for one type) carry the corruption over 50 to 75 % of their area; the
-        others, from their clean view, an alien's rectangles over 30 %.
-        """
-        draws, size = DRAWS_PER_RECTANGLE * self.cfg.max_rectangles, self.encoder.spec.image_size
-        u = ctx.uniform(clean, 6, f"{view}/image")
-        alien = u[:, 1] < self.alien_share
-        low = min(0.5, self.cfg.noise_max)
-        share = low + u[:, 0] * (self.cfg.noise_max - low)
-        mask = union_mask(
-            ctx.uniform(clean, draws, f"{view}/rectangles"),
-            torch.where(alien, self.cfg.alien_max, share),
-            size,
-            align=self.cfg.align,
-            largest=self.cfg.block_max,
-        )
-        normal = ctx.normal(clean, clean[0].numel(), f"{view}/noise")
-        fills = torch.stack([fill(clean, normal, u[:, 2:4]) for fill in self.fillers])
-        kind = (u[:, 4] * len(self.fillers)).long()
-        own = fills[kind, torch.arange(len(clean), device=clean.device)]
-        other = clean[group_partner(u[:, 5], ctx.sample_offset, ALIEN_GROUP)]
-        filled = torch.where(alien[:, None, None, None], other, own)
-        return torch.where(mask, filled, clean), mask
-
     def before_update(self, ctx: StepContext) -> None:
-        clip_each(self.parameters(), self.cfg.clip_each)
+        if self.cfg.clip_each is not None:
+            clip_each(self.parameters(), self.cfg.clip_each)
 
     def exports(self) -> tuple[Capability, ...]:
-        return EncoderFeatures(self.encoder), GmmlReconstruction(self)
-
-
-class GmmlReconstruction(Reconstruction):
-    """The corrupted picture, and its destroyed pixels repainted."""
-
-    def __init__(self, method: Gmml) -> None:
-        self.method = method
-
-    def reconstruct(self, images: Tensor, ctx: StepContext) -> tuple[Tensor, Tensor]:
-        encoder = self.method.encoder
-        corrupted, mask = self.method.corrupt(encoder.normalise(images), ctx, VIEWS[0])
-        painted = encoder.denormalise(self.method.predict(corrupted)).clamp(0, 1)
-        seen = encoder.denormalise(corrupted).clamp(0, 1)
-        return images.where(~mask, seen), images.where(~mask, painted)
+        first = partial(self.destroy, view=VIEWS[0])
+        painted = CorruptedReconstruction(self.encoder, first, self.predict)
+        return EncoderFeatures(self.encoder), painted
 
 
 METHOD = Gmml

@@ -161,6 +161,19 @@ class Grayscale:
 
 
 @dataclass(frozen=True)
+class Solarize:
+    """Values from the upper half of the range inverted, with probability `p` per sample (PIL's
+    threshold of 128 of 255)."""
+
+    p: float = 0.2
+    draws: int = 1
+
+    def __call__(self, images: Tensor, sizes: Tensor, u: Tensor, size: int) -> Tensor:
+        inverted = torch.where(images * 255.0 >= 127.5, 1.0 - images, images)
+        return torch.where((u[:, 0] < self.p)[:, None, None, None], inverted, images)
+
+
+@dataclass(frozen=True)
 class GaussianBlur:
     """Blur with a radius (standard deviation) in pixels drawn from `sigma`, probability `p`."""
 

@@ -42,3 +42,13 @@ def masked_patch_mse(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     per_patch = (pred - target).square().mean(dim=-1)
     weights = mask.to(per_patch.dtype)
     return (per_patch * weights).sum() / weights.sum()
+
+
+def masked_l1(pred: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """`(B,)` summed absolute error of every sample where `mask`, and how many values that are.
+
+    pred, target: (B, C, H, W); mask: bool, broadcast to them.
+    """
+    counted = mask.expand_as(target).to(target.dtype)
+    error = (pred - target).abs() * counted
+    return error.flatten(1).sum(1), counted.flatten(1).sum(1)
