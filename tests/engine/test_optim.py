@@ -10,18 +10,19 @@ import pytest
 import torch
 from timm.optim.lamb import Lamb
 from timm.optim.lars import Lars
-from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import nn
 
 from vlx.core.config import MethodConfig
 from vlx.core.errors import ConfigError
 from vlx.core.fields import Batch, Needs, ViewSpec
-from vlx.core.method import Builder, ParamGroup, StepContext, StepOutput, Trainable
+from vlx.core.method import Builder, StepContext, StepOutput, Trainable
 from vlx.encoders.build import EncoderBuilder
 from vlx.encoders.config import EncoderConfig
-from vlx.engine.config import OptimConfig, Optimizer, Per, Schedule, ScheduleConfig
+from vlx.engine.config import OptimConfig, Optimizer, Schedule, ScheduleConfig, TrainConfig
 from vlx.engine.ema import Ema
-from vlx.engine.optim import Rates, build_optimizer, layer_scales, peak_lr
+from vlx.engine.optim import build_optimizer, layer_scales, peak_lr
+from vlx.engine.schedule import Rates
+from vlx.engine.swad import averaging
 
 STEPS, EPOCH = 100, 10
 
@@ -59,6 +60,12 @@ def probe() -> TinyProbe:
 REFERENCES = {
     Optimizer.adamw: lambda groups, cfg: torch.optim.AdamW(
         groups, lr=cfg.lr, betas=tuple(cfg.betas), weight_decay=cfg.weight_decay
+    ),
+    Optimizer.adam: lambda groups, cfg: torch.optim.Adam(
+        groups, lr=cfg.lr, betas=tuple(cfg.betas), weight_decay=cfg.weight_decay
+    ),
+    Optimizer.rmsprop: lambda groups, cfg: torch.optim.RMSprop(
+        groups, lr=cfg.lr, alpha=cfg.alpha, momentum=cfg.momentum, weight_decay=cfg.weight_decay
     ),
     Optimizer.sgd: lambda groups, cfg: torch.optim.SGD(
         groups, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay
@@ -100,90 +107,6 @@ def test_steps_equal_the_librarys_own(name: Optimizer, probe: TinyProbe) -> None
 def test_base_rate_is_for_a_batch_of_256() -> None:
     assert peak_lr(OptimConfig(base_lr=1.5e-4), 4096) == pytest.approx(2.4e-3)
     assert peak_lr(OptimConfig(base_lr=1.5e-4, lr=1.0), 4096) == 1.0
-
-
-# Schedules
-
-
-def rates(total: int = STEPS, decay: float = 0.05, **keys: Any) -> Rates:
-    return Rates(ScheduleConfig(**keys), 1.0, decay, total, EPOCH)
-
-
-@pytest.mark.parametrize("warmup", [0, 7, 20])
-@pytest.mark.parametrize("min_lr", [0.0, 0.1])
-def test_cosine_equals_timms(warmup: int, min_lr: float) -> None:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    timm = CosineLRScheduler(
-        optimizer, t_initial=STEPS - warmup, lr_min=min_lr, warmup_t=warmup, warmup_lr_init=0.0,
-        warmup_prefix=True, t_in_epochs=False,
-    )  # fmt: skip
-    ours = rates(warmup_steps=warmup, min_lr=min_lr)
-    for step in range(STEPS):
-        timm.step_update(step)
-        assert ours.lr(step) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12), step
-
-
-def test_cosine_equals_the_formula_of_maes_code() -> None:
-    """lr_sched.py: half-cycle cosine after a linear warm-up, by fractional epochs."""
-    ours = rates(warmup_epochs=2.0, min_lr=0.01)
-    for step in range(STEPS):
-        epoch = step / EPOCH
-        if epoch < 2:
-            expected = epoch / 2
-        else:
-            expected = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (epoch - 2) / (10 - 2)))
-        assert ours.lr(step) == pytest.approx(expected, abs=1e-12)
-
-
-def test_warmup_starts_where_it_is_told() -> None:
-    ours = rates(warmup_steps=10, warmup_lr=0.2)
-    assert [ours.lr(s) for s in (0, 5)] == pytest.approx([0.2, 0.6])
-    assert ours.lr(10) == 1.0
-
-
-def test_step_schedule_multiplies_at_each_milestone() -> None:
-    ours = rates(name=Schedule.step, milestones=[0.6, 0.8], gamma=0.1)
-    assert [ours.lr(s) for s in (0, 59, 60, 79, 80, 99)] == pytest.approx(
-        [1, 1, 0.1, 0.1, 0.01, 0.01]
-    )
-
-
-def test_wsd_is_stable_then_falls_linearly() -> None:
-    ours = rates(name=Schedule.wsd, warmup_steps=10, decay_share=0.2, min_lr=0.1)
-    assert [ours.lr(s) for s in (5, 10, 79, 80, 90)] == pytest.approx([0.5, 1, 1, 1, 0.55])
-    assert ours.lr(99) == pytest.approx(0.1 + 0.9 * 0.05)
-
-
-def test_constant_schedule() -> None:
-    ours = rates(name=Schedule.constant, warmup_steps=2)
-    assert [ours.lr(s) for s in (0, 1, 2, 99)] == [0.0, 0.5, 1.0, 1.0]
-
-
-@pytest.mark.parametrize("name", list(Schedule), ids=lambda s: s.name)
-def test_per_epoch_moves_at_epochs_alone(name: Schedule) -> None:
-    by_epoch = rates(name=name, per=Per.epoch, warmup_epochs=2.0, weight_decay_end=0.5)
-    by_step = rates(name=name, warmup_epochs=2.0, weight_decay_end=0.5)
-    for step in range(STEPS):
-        first = step // EPOCH * EPOCH
-        assert by_epoch.lr(step) == by_step.lr(first)
-        assert by_epoch.decay(step) == by_step.decay(first)
-
-
-def test_weight_decay_moves_by_a_half_cosine() -> None:
-    ours = rates(decay=0.04, weight_decay_end=0.4)
-    assert [ours.decay(s) for s in (0, 50, 100)] == pytest.approx([0.04, 0.22, 0.4])
-    assert rates(decay=0.04).decay(70) == 0.04
-
-
-def test_applied_rates_respect_scales_and_own_decay() -> None:
-    w, b = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2))
-    groups = [ParamGroup("w", [("w", w)], lr_scale=0.5), ParamGroup("b", [("b", b)], 1.0, 0.0)]
-    optimizer = build_optimizer(OptimConfig(lr=1.0, weight_decay=0.3), groups, 1.0)
-    rates(warmup_steps=10, decay=0.3).apply(optimizer, 5)
-    assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [
-        (0.25, 0.3),
-        (0.5, 0.0),
-    ]
 
 
 # Layer-wise decay
@@ -240,6 +163,17 @@ def test_average_equals_the_hand_computed_one() -> None:
         torch.testing.assert_close(layer.weight.detach(), expected)
     assert torch.equal(layer.weight, trained)
     torch.testing.assert_close(ema.shadow["weight"], expected)
+
+
+def test_decay_of_an_average_keeps_its_memory_in_samples() -> None:
+    """RMT: 0.99996 ** (batch / 512) is 0.99984 at the 2048 of its logs."""
+    method = nn.Linear(2, 2)
+    ema = averaging(TrainConfig(batch_size=2048, ema_decay=0.99996, ema_batch=512), method)
+    assert isinstance(ema, Ema)
+    assert ema.decay == pytest.approx(0.99984, abs=1e-8)
+    fixed = averaging(TrainConfig(batch_size=2048, ema_decay=0.99996), method)
+    assert isinstance(fixed, Ema)
+    assert fixed.decay == 0.99996
 
 
 def test_what_a_batch_norm_has_seen_is_averaged_with_its_weights() -> None:

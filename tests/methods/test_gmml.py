@@ -280,7 +280,7 @@ def test_gradients_are_clipped_before_the_update() -> None:
 
 
 def test_weight_decay_rises_from_004_to_04() -> None:
-    from vlx.engine.optim import Rates
+    from vlx.engine.schedule import Rates
 
     cfg = config("gmml", "paper")
     rates = Rates(cfg.schedule, 5e-4, cfg.optim.weight_decay, 1000, 10)

@@ -85,7 +85,10 @@ class ParamGroup:
     params: list[tuple[str, nn.Parameter]]
     lr_scale: float = 1.0
     weight_decay: float | None = None
-    """None takes the run's weight decay."""
+    """None takes the run's weight decay, with its schedule."""
+    schedule: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of the run's `schedule` that differ here, e.g. `{"name": "constant"}`; with
+    `weight_decay_end` a weight decay of this group's own moves too."""
 
 
 @runtime_checkable

@@ -16,6 +16,8 @@ from vlx.track.config import TrackConfig
 
 class Optimizer(Enum):
     adamw = "adamw"
+    adam = "adam"
+    rmsprop = "rmsprop"
     sgd = "sgd"
     lars = "lars"
     lamb = "lamb"
@@ -23,8 +25,20 @@ class Optimizer(Enum):
 
 class Schedule(Enum):
     cosine = "cosine"
+    linear = "linear"
+    polynomial = "polynomial"
+    exponential = "exponential"
     step = "step"
+    one_cycle = "one_cycle"
     wsd = "wsd"
+    constant = "constant"
+
+
+class Warmup(Enum):
+    """How the rate gets from warmup_lr to its peak."""
+
+    linear = "linear"
+    log = "log"
     constant = "constant"
 
 
@@ -62,19 +76,22 @@ class Strategy(Enum):
 @dataclass(kw_only=True)
 class OptimConfig:
     name: Optimizer = Optimizer.adamw
-    """adamw, sgd, lars or lamb."""
+    """adamw, adam, rmsprop, sgd, lars or lamb."""
     base_lr: float | None = 1.5e-4
     """Learning rate for a batch of 256; the rate used is base_lr x batch_size / 256."""
     lr: float | None = None
     """Absolute learning rate; overrides base_lr."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    """Adam's and LAMB's moment decays."""
+    """Moment decays of adamw, adam and lamb."""
     eps: float = 1e-8
-    """Added to the root of the second moment of adamw. CLIP: 1e-6."""
+    """Added to the root of the second moment of adamw, adam and rmsprop. CLIP: 1e-6."""
     momentum: float = 0.9
-    """Of sgd and lars."""
+    """Of sgd, lars and rmsprop."""
+    alpha: float = 0.99
+    """Decay of rmsprop's mean square."""
     weight_decay: float = 0.05
-    """Decoupled for adamw and lamb; none on biases, norms and other 1-D tensors."""
+    """Decoupled for adamw and lamb, a term of the gradient for the others; none on biases, norms
+    and other 1-D tensors."""
     layer_decay: float | None = None
     """Factor on the learning rate from each layer to the one before it, 0..1; null is none. Heads
     and final norms keep the full rate; the patch embedding has the lowest."""
@@ -89,26 +106,81 @@ class OptimConfig:
 @dataclass(kw_only=True)
 class ScheduleConfig:
     name: Schedule = Schedule.cosine
-    """cosine, step, wsd (warm-up, stable, decay) or constant."""
+    """cosine, linear, polynomial, exponential, step, one_cycle, wsd (warm-up, stable, decay) or
+    constant."""
     per: Per = Per.step
-    """Move every step or once an epoch."""
+    """Move every step, or once an epoch to the value of its first step (timm's `t = epoch`)."""
+    late_epochs: int = 0
+    """per=epoch: epochs by which the rate lags. 1: the first two epochs have the first value (the
+    scripts of DeiT and its kin step the schedule with the epoch just ended)."""
     warmup_epochs: float = 0.0
-    """Linear warm-up from warmup_lr, in epochs."""
+    """Warm-up from warmup_lr, in epochs."""
     warmup_steps: int | None = None
-    """Linear warm-up in steps; overrides warmup_epochs."""
+    """Warm-up in steps; overrides warmup_epochs."""
     warmup_lr: float = 0.0
     """Learning rate that warm-up starts from, absolute. Not 0 where `per: epoch` would otherwise
     spend a whole epoch at 0."""
+    warmup: Warmup = Warmup.linear
+    """linear; log: as the logarithm of the step (DeepSpeed's default); constant: warmup_lr
+    throughout (Dassl: CoOp and its kin)."""
+    warmup_every: int | None = None
+    """Steps between two moves of warm-up; null: as `per` says (ALBEF: 100, by epochs after it)."""
+    warmup_prefix: bool = True
+    """true: the curve begins where warm-up ends (MAE). false: it begins with the run, and warm-up
+    lies over its start (timm: DeiT and its kin)."""
+    curve_epochs: float | None = None
+    """Length of the curve in epochs. null: to the end of the run. A longer one is cut off by the
+    end, after a shorter one its last value stays."""
+    curve_steps: int | None = None
+    """Length of the curve in steps."""
+    curve_share: float | None = None
+    """Length of the curve as a multiple of the whole run's. 1.0 with a warm-up in front of it is
+    cut off by as much (Dassl)."""
     min_lr: float = 0.0
-    """Learning rate at the end of cosine and wsd, absolute."""
+    """Learning rate at the end of cosine, linear, polynomial and wsd, and the least one of
+    exponential; absolute."""
+    power: float = 0.9
+    """polynomial: power of the share of the curve that is left."""
     milestones: list[float] = field(default_factory=lambda: [0.6, 0.8])
     """step: shares of the run, 0..1, at which the rate is multiplied by gamma."""
     gamma: float = 0.1
-    """step: the factor at each milestone."""
+    """step: the factor at each milestone; exponential: the factor over gamma_epochs."""
+    gamma_epochs: float | None = None
+    """Epochs over which exponential falls by gamma, null: one (torch's ExponentialLR); for step,
+    epochs between two factors, in place of milestones (StepLR)."""
     decay_share: float = 0.2
-    """wsd: share of the run spent decaying."""
+    """wsd: share of the run spent decaying, which begins no earlier than warm-up ends."""
+    rise_share: float = 0.3
+    """one_cycle: share of the run in which the rate rises (torch's OneCycleLR: pct_start)."""
+    div_factor: float = 25.0
+    """one_cycle: peak over the first rate."""
+    final_div_factor: float = 1e4
+    """one_cycle: first rate over the last."""
+    cycle_momentum: list[float] = field(default_factory=lambda: [0.85, 0.95])
+    """one_cycle: momentum (Adam's first beta) at the peak and at both ends, in place of optim's;
+    [] leaves it alone."""
     weight_decay_end: float | None = None
-    """Weight decay moves to this by a half-cosine; null keeps it."""
+    """Weight decay moves to this by a half-cosine over the run; null keeps it."""
+
+    def __post_init__(self) -> None:
+        lengths = ("curve_epochs", "curve_steps", "curve_share")
+        given = [key for key in lengths if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ConfigError(f"schedule.{given[0]} and schedule.{given[1]}: give one of them")
+        for key in (*given, "gamma", "gamma_epochs", "warmup_every", "div_factor"):
+            value = getattr(self, key)
+            if value is not None and value <= 0:
+                raise ConfigError(f"schedule.{key} must be above 0, got {value}")
+        for key in ("decay_share", "rise_share"):
+            if not 0 < getattr(self, key) <= 1:
+                raise ConfigError(f"schedule.{key} must lie in 0..1, got {getattr(self, key)}")
+        if self.cycle_momentum and len(self.cycle_momentum) != 2:
+            raise ConfigError("schedule.cycle_momentum must be two numbers or []")
+        warms = self.warmup_steps or self.warmup_epochs
+        if self.name is Schedule.one_cycle and (given or warms):
+            raise ConfigError(
+                "schedule=one_cycle rises by itself (rise_share): no warm-up or curve"
+            )
 
 
 @dataclass(kw_only=True)
@@ -127,6 +199,9 @@ class TrainConfig:
     """Compile the step with torch.compile."""
     ema_decay: float | None = None
     """Keep an exponential moving average of the weights; null keeps none."""
+    ema_batch: int | None = None
+    """Batch size that ema_decay is meant for: the decay used is ema_decay ** (batch_size /
+    ema_batch), equal memory in samples. null: ema_decay as it is."""
     swad: str | None = None
     """Average the weights over the valley of this loss, a metric of the evaluations during training
     on data.val_split: classification/loss (SWAD, Cha et al. 2021). null averages none. Keeps one

@@ -24,9 +24,10 @@ from vlx.engine.config import RunConfig
 from vlx.engine.ema import copy_full
 from vlx.engine.gradient_cache import cached_gradients
 from vlx.engine.nonfinite import Evidence, save_evidence
-from vlx.engine.optim import Rates, build_optimizer, layer_scales, peak_lr
+from vlx.engine.optim import build_optimizer, layer_scales, peak_lr
 from vlx.engine.parallel import Parallel
 from vlx.engine.record import Clock, StepRecord, sample_hash
+from vlx.engine.schedule import Rates
 from vlx.engine.signals import StopRequest
 from vlx.engine.swad import Swad, averaging
 from vlx.track.base import Track

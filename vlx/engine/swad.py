@@ -192,4 +192,7 @@ def averaging(cfg: TrainConfig, module: nn.Module) -> Ema | Swad | None:
     """The average over training that the config asks for."""
     if cfg.swad is not None:
         return Swad(module)
-    return None if cfg.ema_decay is None else Ema(module, cfg.ema_decay)
+    if cfg.ema_decay is None:
+        return None
+    share = 1.0 if cfg.ema_batch is None else cfg.batch_size / cfg.ema_batch
+    return Ema(module, cfg.ema_decay**share)
