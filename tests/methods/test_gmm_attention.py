@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -208,3 +209,28 @@ def test_gaussians_of_a_model_without_any_are_refused() -> None:
 def test_values_outside_their_range_are_refused(key: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"method.{key}={value} must"):
         GmmAttentionConfig(**{key: value})
+
+
+# --- recipe --------------------------------------------------------------------------------------
+
+
+def test_the_paper_s_views_are_the_released_code_s() -> None:
+    ops = GmmAttention.needs(GmmAttentionConfig()).views[0].ops
+    assert [type(op).__name__ for op in ops] == [
+        "RandomCrop",
+        "HorizontalFlip",
+        "AutoAugment",
+        "RandomErasing",
+    ]
+    # After normalisation the fill is the mean as it was before.
+    mean, std = np.array(config("gmm-attention", "paper").encoder.mean), [0.2470, 0.2435, 0.2616]
+    np.testing.assert_allclose((np.array(ops[-1].fill) - mean) / std, mean, atol=1e-4)
+
+
+def test_the_paper_preset_runs_as_long_as_the_released_code() -> None:
+    cfg = config("gmm-attention", "paper")
+    assert cfg.data.repeats == 1
+    assert cfg.train.epochs is not None
+    steps = cfg.train.epochs * (50_000 // cfg.train.batch_size)
+    assert steps == pytest.approx(117_100, rel=1e-3)  # its epoch carries the rest of a pass over
+    assert cfg.schedule.warmup_epochs * 10 == cfg.train.epochs

@@ -6,6 +6,7 @@ import math
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -364,6 +365,30 @@ def test_erased_boxes_are_distributed_as_timm_s() -> None:
     for mine, other in ((ours, theirs), (ours**2, theirs**2)):
         error = ((mine.var(0) + other.var(0)) / count).sqrt()
         assert ((mine.mean(0) - other.mean(0)).abs() < 5 * error).all()
+
+
+def test_one_colour_of_any_ratio_as_zhong_s_code_draws_it() -> None:
+    """Sides of a box of area U(2 %, 40 %) and ratio U(0.3, 1 / 0.3), the first of ten that fits."""
+    op = RandomErasing(p=1.0, area=(0.02, 0.4), log_ratio=False, fill=(0.2, 0.5, 0.7))
+    count, side = 20_000, 1000
+    generator = np.random.default_rng(0)
+    area = side**2 * generator.uniform(0.02, 0.4, (count, 10))
+    ratio = generator.uniform(0.3, 1 / 0.3, (count, 10))
+    sides = np.stack([np.sqrt(area * ratio), np.sqrt(area / ratio)], -1).round()
+    first = (sides < side).all(-1).argmax(1)
+    expected = torch.from_numpy(sides[np.arange(count), first])
+    drawn = op.boxes(torch.full((count, 2), side), uniforms(count, op.draws))[:, 2:].double()
+    for mine, other in ((drawn, expected), (drawn**2, expected**2)):
+        error = ((mine.var(0) + other.var(0)) / count).sqrt()
+        assert ((mine.mean(0) - other.mean(0)).abs() < 5 * error).all()
+    x = images(8, 24, 24)
+    u = uniforms(8, op.draws)
+    out = op(x, sizes_of(x), u, 24)
+    for i, (top, left, height, width) in enumerate(op.boxes(sizes_of(x), u).tolist()):
+        box = (slice(None), slice(top, top + height), slice(left, left + width))
+        expected_image = x[i].clone()
+        expected_image[box] = torch.tensor([0.2, 0.5, 0.7])[:, None, None]
+        assert torch.equal(out[i], expected_image)
 
 
 def test_a_box_that_never_fits_erases_nothing() -> None:

@@ -12,9 +12,18 @@ import torch
 from PIL import Image
 from timm.data import auto_augment as timm_aa
 from torch import Tensor
+from torchvision import transforms
 
 from tests.data.make import picture
-from vlx.ops.rand_augment import AFFINE, OPERATIONS, RandAugment
+from vlx.ops.auto_augment import AutoAugment
+from vlx.ops.rand_augment import (
+    AFFINE,
+    ALBEF_RANDOM,
+    OPERATIONS,
+    RandAugment,
+    Ranges,
+    Strength,
+)
 from vlx.ops.resample import Interpolation
 
 FILL = (124, 116, 104)  # the ImageNet mean in levels, as timm rounds it
@@ -89,7 +98,7 @@ def timm_op(
         "interpolation": PIL_FILTERS[op.interpolation],
         "magnitude_std": op.magnitude_std,
     }
-    chosen = names[0] if op.increasing else names[-1]
+    chosen = names[0] if op.ranges.increasing else names[-1]
     return timm_aa.AugmentOp(chosen, prob=1.0, magnitude=op.magnitude, hparams=hparams)
 
 
@@ -129,7 +138,7 @@ def test_the_operations_are_timm_s_increasing_set() -> None:
 def test_colour_operations_equal_timm_to_a_level(
     name: str, increasing: bool, magnitude: float, sign: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    op = replace(fixed(magnitude), increasing=increasing)
+    op = fixed(magnitude, ranges=Ranges(increasing=increasing))
     arrays = pictures()
     expected = theirs(name, arrays, op, sign, monkeypatch)
     found = ours(arrays, op, choosing(name, len(arrays), sign))
@@ -177,7 +186,7 @@ def test_bicubic_affine_operations_are_near_timm_s(
 @pytest.mark.parametrize(("magnitude", "increasing"), [(10.0, True), (2.4, False)])
 def test_posterising_to_no_bits_is_black(magnitude: float, increasing: bool) -> None:
     """Pillow gave this until it refused 0 bits, and DeiT's strengths reach it."""
-    op = fixed(magnitude, increasing=increasing)
+    op = fixed(magnitude, ranges=Ranges(increasing=increasing))
     found = ours(pictures(), op, choosing("posterize", 5, 1))
     assert (found == 0).all()
 
@@ -189,6 +198,94 @@ def test_tiny_images(name: str, side: int) -> None:
     assert found.shape == (1, side, side, 3)
     assert found.min() >= 0
     assert found.max() <= 255
+
+
+# --- ALBEF's, AutoAugment
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("name", ["translate_x", "translate_y"])
+def test_albef_shifts_by_seven_pixels_and_shows_grey(name: str, sign: int) -> None:
+    op = replace(ALBEF_RANDOM, num_ops=1, p=1.0, operations=OPERATIONS)
+    source = pictures()[1].astype(int)
+    found = ours([pictures()[1]], op, choosing(name, 1, sign))[0]
+    axis = 1 if name == "translate_x" else 0
+    expected = np.roll(source, -7 * sign, axis)
+    uncovered = slice(-7, None) if sign > 0 else slice(0, 7)
+    expected[(slice(None),) * axis + (uncovered,)] = 128
+    assert np.abs(found - expected).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["brightness", "sharpness"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_albef_s_factor_is_1_36_whatever_the_sign(name: str, sign: int) -> None:
+    from PIL import ImageEnhance
+
+    op = replace(ALBEF_RANDOM, num_ops=1, p=1.0, operations=OPERATIONS)
+    enhance = getattr(ImageEnhance, name.capitalize())
+    expected = np.stack([np.asarray(enhance(Image.fromarray(a)).enhance(1.36)) for a in pictures()])
+    found = ours(pictures(), op, choosing(name, len(pictures()), sign))
+    assert np.abs(found - expected.astype(int)).max() <= 1
+
+
+def test_albef_draws_from_its_ten_and_always_at_seven() -> None:
+    count = 20_000
+    operation, level, _ = ALBEF_RANDOM.parameters(uniforms(count, ALBEF_RANDOM.draws))
+    assert set(level.unique().tolist()) == {7.0}
+    drawn = torch.bincount(operation.flatten(), minlength=16)
+    absent = {"invert", "posterize", "solarize", "solarize_add", "contrast", "color"}
+    assert {OPERATIONS[i] for i in range(15) if drawn[i] == 0} == absent
+    assert abs(drawn[15] / (2 * count) - 0.55) < 0.02  # not done, or the identity
+
+
+TORCHVISION = {
+    "Invert": "invert", "Contrast": "contrast", "Rotate": "rotate", "TranslateX": "translate_x",
+    "TranslateY": "translate_y", "Sharpness": "sharpness", "ShearX": "shear_x", "ShearY": "shear_y",
+    "AutoContrast": "auto_contrast", "Equalize": "equalize", "Posterize": "posterize",
+    "Color": "color", "Brightness": "brightness", "Solarize": "solarize",
+}  # fmt: skip
+
+
+def test_the_policy_and_its_strengths_are_torchvision_s() -> None:
+    their = transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10)
+    space = their._augmentation_space(10, (56, 40))
+    op = AutoAugment()
+    assert len(their.policies) == len(op.policy)
+    for row, steps in enumerate(their.policies):
+        at = (row + 0.5) / len(op.policy)
+        u = torch.tensor([[at, 0.0, 0.5, 0.25, 0.5, 0.0, 0.5, 0.25]])
+        operation, level, sign = op.parameters(u)
+        for step, (name, p, place) in enumerate(steps):
+            assert op.policy[row][step][:2] == (TORCHVISION[name], p)
+            if p == 0.0:
+                continue
+            assert OPERATIONS[int(operation[0, step])] == TORCHVISION[name]
+            if place is None:
+                continue
+            strength = Strength(level[:, step], sign[:, step], op.ranges)
+            expected = float(space[name][0][place])
+            mine = {
+                "Rotate": lambda s: s.signed(30.0),
+                "ShearY": lambda s: s.signed(0.3),
+                "TranslateX": lambda s: s.shift(40),
+                "TranslateY": lambda s: s.shift(56),
+                "Posterize": lambda s: s.bits(),
+                "Solarize": lambda s: 255.0 - s.level * 25.5,
+            }.get(name, lambda s: s.factor() - 1.0)
+            assert float(mine(strength)) == pytest.approx(expected, abs=1e-4), (name, place)
+
+
+def test_each_operation_of_a_policy_is_done_with_its_own_probability() -> None:
+    count = 60_000
+    op = AutoAugment()
+    u = uniforms(count, op.draws)
+    operation, _, _ = op.parameters(u)
+    pair = (u[:, 0] * len(op.policy)).long()
+    for row, steps in enumerate(op.policy):
+        mine = operation[pair == row] < len(OPERATIONS)
+        for step, (_, p, _) in enumerate(steps):
+            error = math.sqrt(max(p * (1 - p), 1e-9) / len(mine))
+            assert abs(mine[:, step].float().mean() - p) <= 5 * error, (row, step)
 
 
 # --- draws

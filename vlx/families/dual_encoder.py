@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from vlx.core.fields import TEXT, TEXT_LENGTH, ViewSpec
 from vlx.core.method import Builder
 from vlx.encoders.init import clip_vision_init
 from vlx.ops.augment import HorizontalFlip, RandomResizedCrop
-from vlx.ops.rand_augment import WITHOUT_COLOUR, RandAugment
+from vlx.ops.rand_augment import ALBEF_RANDOM
 
 PAIR_FIELDS = (TEXT, TEXT_LENGTH)
 _TEXTS_AT_ONCE = 256
@@ -27,8 +28,7 @@ def caption_view(
     strength 0..10 that leave alone the colours that captions name; None does none."""
     ops = [RandomResizedCrop(scale=(crop_scale[0], crop_scale[1])), HorizontalFlip(flip)]
     if rand_augment is not None:
-        augment = RandAugment(magnitude=rand_augment, magnitude_std=0.0, operations=WITHOUT_COLOUR)
-        ops.append(augment)
+        ops.append(replace(ALBEF_RANDOM, magnitude=rand_augment))
     return ViewSpec("image", ops=tuple(ops))
 
 

@@ -199,7 +199,8 @@ class GaussianBlur:
 
 @dataclass(frozen=True)
 class RandomErasing:
-    """A box filled with normal noise, with probability `p` (Zhong 2020; timm's mode "pixel").
+    """A box filled with normal noise, with probability `p` (Zhong 2020; timm's mode "pixel"), or
+    with one colour.
 
     The noise is N(0, 1) once `mean` and `std` normalise the image, as in DeiT, so before that it
     leaves 0..1: the last operation of a view.
@@ -210,6 +211,10 @@ class RandomErasing:
     """Share of the image's area, 0..1."""
     ratio: tuple[float, float] = (0.3, 1 / 0.3)
     """Height over width."""
+    log_ratio: bool = True
+    """Whether the ratio is uniform in its logarithm (timm), or itself (Zhong's code)."""
+    fill: tuple[float, float, float] | None = None
+    """RGB of a box, 0..1; None is noise."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     draws: int = 5 + 2 * _TRIES
@@ -221,7 +226,7 @@ class RandomErasing:
         both directions counts.
         """
         extent = sizes.to(torch.float32)  # (B, 2)
-        sides = _drawn_sides(extent, u[:, 5:], self.area, self.ratio)
+        sides = _drawn_sides(extent, u[:, 5:], self.area, self.ratio, log=self.log_ratio)
         fits = (sides < extent[:, None]).all(2)
         side = _first(sides, fits)
         corner = torch.floor(u[:, 1:3] * (extent - side + 1.0))
@@ -235,6 +240,9 @@ class RandomErasing:
         columns = torch.arange(width, device=images.device)
         in_rows = (rows >= top) & (rows < top + tall)
         in_columns = (columns >= left) & (columns < left + wide)
+        if self.fill is not None:
+            erased = (in_rows[:, :, None] & in_columns[:, None])[:, None]
+            return torch.where(erased, images.new_tensor(self.fill)[:, None, None], images)
         # Noise for the boxes alone, a sixth of a few images; how many pixels, the host waits for.
         sample, row, column = (in_rows[:, :, None] & in_columns[:, None]).nonzero(as_tuple=True)
         bits = (u[:, 3:5] * (1 << 24)).to(torch.int64)  # a uniform has 24
@@ -247,14 +255,20 @@ class RandomErasing:
 
 
 def _drawn_sides(
-    extent: Tensor, u: Tensor, area: tuple[float, float], ratio: tuple[float, float]
+    extent: Tensor,
+    u: Tensor,
+    area: tuple[float, float],
+    ratio: tuple[float, float],
+    *,
+    log: bool = True,
 ) -> Tensor:
-    """`(B, K, 2)` sides of K random boxes in whole pixels, the first over the second of log-uniform
-    `ratio`. extent: (B, 2); u: (B, 2 K); area: a share of the image's."""
+    """`(B, K, 2)` sides of K random boxes in whole pixels, the first over the second of uniform
+    `ratio`, or of log-uniform. extent: (B, 2); u: (B, 2 K); area: a share of the image's."""
     share, shape = u.chunk(2, dim=1)  # (B, K)
     pixels = extent.prod(1, keepdim=True) * (area[0] + share * (area[1] - area[0]))
-    low, high = math.log(ratio[0]), math.log(ratio[1])
-    drawn = torch.exp(low + shape * (high - low))
+    low, high = (math.log(end) if log else end for end in ratio)
+    drawn = low + shape * (high - low)
+    drawn = drawn.exp() if log else drawn
     return torch.stack([(pixels * drawn).sqrt(), (pixels / drawn).sqrt()], dim=2).round()
 
 

@@ -24,8 +24,23 @@ from torch import Tensor
 from vlx.ops.augment import IMAGENET_MEAN
 from vlx.ops.resample import Interpolation
 
-_LARGEST = 10.0  # upper end of the strength scale; a drawn strength is cut there
-_DRAWS_PER_OP = 4
+LARGEST = 10.0  # upper end of the strength scale; a drawn strength is cut there
+DRAWS_PER_OP = 4
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """What a level means where repositories differ. DeiT's, timm's inc1, by default."""
+
+    increasing: bool = True
+    """A higher level always changes more; False is timm's and ALBEF's older ranges, in which a
+    level of 5.5 leaves colours, contrast, brightness and sharpness as they are."""
+    translate: float = 0.45
+    """Shift at level 10, as a share of the side."""
+    translate_pixels: float | None = None
+    """Shift at level 10 in pixels, instead of `translate`."""
+    least_bits: int = 0
+    """Bits left by posterising at level 10: 0 (timm, from 4 on) or 4 (AutoAugment, from 8 on)."""
 
 
 class Strength(NamedTuple):
@@ -35,29 +50,39 @@ class Strength(NamedTuple):
     """(n,) 0..10."""
     sign: Tensor
     """(n,) -1 or 1, for operations with two directions."""
-    increasing: bool
-    """Whether a higher level always changes the image more."""
+    ranges: Ranges
 
     def part(self, rows: Tensor) -> Strength:
-        return Strength(self.level[rows], self.sign[rows], self.increasing)
+        return Strength(self.level[rows], self.sign[rows], self.ranges)
 
     def split(self, counts: Sequence[int]) -> list[Strength]:
         pairs = zip(self.level.split(counts), self.sign.split(counts))
-        return [Strength(level, sign, self.increasing) for level, sign in pairs]
+        return [Strength(level, sign, self.ranges) for level, sign in pairs]
 
     def whole(self, top: int) -> Tensor:
         """(n,) whole numbers from 0 at level 0 to `top` at level 10."""
-        return torch.floor(self.level * top / _LARGEST)
+        return torch.floor(self.level * top / LARGEST)
 
     def factor(self) -> Tensor:
         """(n,) 0.1..1.9; 1 leaves the image as it is."""
-        if self.increasing:
-            return 1.0 + self.sign * self.level * 0.9 / _LARGEST
-        return self.level * 1.8 / _LARGEST + 0.1
+        if self.ranges.increasing:
+            return 1.0 + self.sign * self.level * 0.9 / LARGEST
+        return self.level * 1.8 / LARGEST + 0.1
 
     def signed(self, top: float) -> Tensor:
         """(n,) -top..top."""
-        return self.sign * self.level * top / _LARGEST
+        return self.sign * self.level * top / LARGEST
+
+    def shift(self, side: int) -> Tensor:
+        """(n,) pixels, of an image of `side`."""
+        pixels = self.ranges.translate_pixels
+        return self.signed(self.ranges.translate) * side if pixels is None else self.signed(pixels)
+
+    def bits(self) -> Tensor:
+        """(n,) the highest bits that posterising keeps."""
+        if self.ranges.least_bits:
+            return 8.0 - (self.level * (8 - self.ranges.least_bits) / LARGEST).round()
+        return 4.0 - self.whole(4) if self.ranges.increasing else self.whole(4)
 
 
 def _grey(levels: Tensor) -> Tensor:
@@ -105,16 +130,15 @@ def _invert(levels: Tensor, strength: Strength) -> Tensor:
 
 
 def _posterize(levels: Tensor, strength: Strength) -> Tensor:
-    """The highest bits of a level: 4 down to 0 of them, or 0 up to 4 where not increasing."""
-    bits = 4.0 - strength.whole(4) if strength.increasing else strength.whole(4)
-    step = torch.exp2(8.0 - bits).round()[:, None, None]
+    """The highest bits of a level alone."""
+    step = torch.exp2(8.0 - strength.bits()).round()[:, None, None]
     return torch.floor(_all_levels(levels) / step) * step
 
 
 def _solarize(levels: Tensor, strength: Strength) -> Tensor:
     """Levels from a threshold on, inverted."""
     whole = strength.whole(256)
-    threshold = (256.0 - whole if strength.increasing else whole)[:, None, None]
+    threshold = (256.0 - whole if strength.ranges.increasing else whole)[:, None, None]
     i = _all_levels(levels)
     return torch.where(i < threshold, i, 255.0 - i)
 
@@ -193,12 +217,12 @@ def _shear_y(strength: Strength, height: int, width: int) -> Tensor:
 
 
 def _translate_x(strength: Strength, height: int, width: int) -> Tensor:
-    shift = strength.signed(0.45) * width
+    shift = strength.shift(width)
     return _matrices(len(shift), 1.0, 0.0, shift, 0.0, 1.0, 0.0)
 
 
 def _translate_y(strength: Strength, height: int, width: int) -> Tensor:
-    shift = strength.signed(0.45) * height
+    shift = strength.shift(height)
     return _matrices(len(shift), 1.0, 0.0, 0.0, 0.0, 1.0, shift)
 
 
@@ -266,8 +290,8 @@ class RandAugment:
     """Operations drawn per image, with replacement."""
     magnitude_std: float = 0.5
     """Standard deviation of the strength, on the same scale. DeiT: 0.5."""
-    increasing: bool = True
-    """A higher strength always changes more (timm's inc1); False is timm's older ranges."""
+    ranges: Ranges = Ranges()
+    """What a strength means."""
     p: float = 0.5
     """Probability of each drawn operation. timm: 0.5."""
     interpolation: Interpolation = Interpolation.bicubic
@@ -279,14 +303,14 @@ class RandAugment:
 
     @property
     def draws(self) -> int:
-        return _DRAWS_PER_OP * self.num_ops
+        return DRAWS_PER_OP * self.num_ops
 
     def parameters(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Operation, level and sign, each `(B, num_ops)`, for u (B, draws).
 
         Operations are int64 positions in `OPERATIONS`, its length where none is done.
         """
-        which, done, strength, side = u.view(len(u), self.num_ops, _DRAWS_PER_OP).unbind(2)
+        which, done, strength, side = u.view(len(u), self.num_ops, DRAWS_PER_OP).unbind(2)
         count = len(OPERATIONS)
         places = [count if o == IDENTITY else OPERATIONS.index(o) for o in self.operations]
         drawn = (which * len(places)).to(torch.int64)
@@ -294,7 +318,7 @@ class RandAugment:
             drawn = torch.tensor(places, device=u.device)[drawn]
         operation = torch.where(done < self.p, drawn, count)
         normal = torch.special.ndtri(strength.clamp(min=2**-25))  # finite at 0
-        level = (self.magnitude + self.magnitude_std * normal).clamp(0.0, _LARGEST)
+        level = (self.magnitude + self.magnitude_std * normal).clamp(0.0, LARGEST)
         return operation, level, torch.where(side < 0.5, 1.0, -1.0)
 
     def __call__(self, images: Tensor, sizes: Tensor, u: Tensor, size: int) -> Tensor:
@@ -306,7 +330,7 @@ class RandAugment:
         # The sizes of the groups: the only thing that the host waits for.
         for step, counts in enumerate(drawn.tolist()):
             rows = by_operation[: sum(counts), step]
-            strength = Strength(level[:, step], sign[:, step], self.increasing).part(rows)
+            strength = Strength(level[:, step], sign[:, step], self.ranges).part(rows)
             self._step(images, rows, strength, counts)
         return images
 
@@ -322,9 +346,7 @@ class RandAugment:
             if stop > start:
                 mine = rows[start:stop]
                 levels = (images.index_select(0, mine) * 255.0).round_().clamp_(0.0, 255.0)
-                part = Strength(
-                    strength.level[start:stop], strength.sign[start:stop], self.increasing
-                )
+                part = Strength(strength.level[start:stop], strength.sign[start:stop], self.ranges)
                 changed = change(levels, part, kind)
                 images.index_copy_(0, mine, changed.mul_(1.0 / 255.0))
             start = stop
@@ -348,3 +370,15 @@ class RandAugment:
         matrices = torch.cat([place(how, height, width) for place, how in groups if len(how.level)])
         fill = (levels.new_tensor(self.fill) * 255.0).round()
         return affine_sample(levels, matrices, fill, self.interpolation)
+
+
+ALBEF_RANDOM = RandAugment(
+    magnitude=7.0,
+    magnitude_std=0.0,
+    ranges=Ranges(increasing=False, translate_pixels=10.0),
+    interpolation=Interpolation.bilinear,
+    fill=(128 / 255, 128 / 255, 128 / 255),
+    operations=WITHOUT_COLOUR,
+)
+"""ALBEF's two operations at a fixed strength of 7: shifts of 7 pixels, brightness and sharpness
+times 1.36 (official code, whose auto-contrast overflows: here it does not)."""
