@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from vlx.core.errors import ConfigError
 from vlx.core.fields import Batch
 from vlx.core.method import Coupled, StepContext, Trainable
+from vlx.engine.batch_norm import share_batch_norms
 from vlx.engine.config import Device, LauncherConfig, Precision, Strategy, TrainConfig
 
 T = TypeVar("T")
@@ -80,6 +81,7 @@ class Parallel:
             mixed_precision={Precision.fp32: "no"}.get(train.precision, train.precision.value),
         )
         self.strategy = launcher.strategy
+        self.sync_batchnorm = train.sync_batchnorm
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
@@ -101,6 +103,8 @@ class Parallel:
     def wrap(self, method: Trainable, compile_blocks: bool) -> nn.Module:
         """The module to call for a step. Build optimizers after this: sharding swaps parameters."""
         method.to(self.device)
+        if self.sync_batchnorm and self.world > 1:
+            share_batch_norms(method, self.device)
         module: nn.Module = StepModule(method)
         if compile_blocks:
             for part in method.compiled_parts():
