@@ -16,9 +16,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.data.make import encode, picture
 from tests.engine.inprocess import run_here, stop_after
 from tests.engine.processes import execute, finish, make_run, start
-from vlx.core.errors import EXIT_INTERRUPTED, CheckpointError, ConfigError, StorageError, VlxError
+from vlx.core.errors import (
+    EXIT_INTERRUPTED,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    StorageError,
+    VlxError,
+)
 from vlx.core.results import read_results
 from vlx.encoders.checkpoint import read_weights
 from vlx.engine import checkpoint
@@ -224,6 +232,28 @@ def test_run_with_a_damaged_newest_checkpoint_goes_on_from_the_one_before(
     assert run_here(run_dir)[0] == 0
     assert "resumed at step 2 of 6" in (run_dir / "log.txt").read_text()
     assert names(run_dir / "checkpoints") == ["step-00000004", "step-00000006"]
+
+
+def test_a_run_whose_data_has_changed_is_not_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "data" / "train" / "ant"
+    folder.mkdir(parents=True)
+    for number in range(64):
+        (folder / f"{number:02d}.bmp").write_bytes(encode(picture(number, 8), "BMP"))
+    data = ("data.source=folder", f"data.path={tmp_path / 'data'}", "train.batch_size=32")
+    run_dir = make_run(tmp_path, "run", *QUICK, *data)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        assert run_here(run_dir)[0] == EXIT_INTERRUPTED
+    before = json.loads((run_dir / "data.json").read_text())["fingerprint"]
+    original = (folder / "07.bmp").read_bytes()
+    (folder / "07.bmp").write_bytes(encode(picture(99, 8), "BMP"))
+    with pytest.raises(DataError, match=rf"the data has changed: .*train/train .*{before}.* finds"):
+        run_here(run_dir)
+    (folder / "07.bmp").write_bytes(original)
+    assert run_here(run_dir)[0] == 0
+    assert read_results(run_dir).data_fingerprint == before
 
 
 def _limit_files_to_200_kb() -> None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
+from tests.data.make import config, shard
 from tests.evals.twin import Pairs, Twin, eval_data
+from vlx.core.capability import ImageFeatures
 from vlx.data.cache import cache_dir
-from vlx.evals.base import Subject
+from vlx.evals.base import EvalData, Subject
+from vlx.evals.config import EvalConfig
 from vlx.evals.feature_cache import FeatureCache, Tensors
 from vlx.evals.registry import evaluator
 
@@ -106,3 +112,42 @@ def test_evaluators_share_files_and_other_texts_have_their_own(own_cache: Path) 
     assert run("retrieval") == (0, 0)
     kinds = sorted(file.name.split("-")[0] for file in own_cache.iterdir())
     assert kinds == ["classes", "classes", "joint", "texts", "texts"]
+
+
+class Means(ImageFeatures):
+    """Mean colours, and how often they were asked for."""
+
+    calls = 0
+
+    def image_features(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        return images.mean((2, 3))
+
+    def patch_features(self, images: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+def test_features_are_of_what_the_data_holds_not_of_its_name_size_and_time(tmp_path: Path) -> None:
+    def features(folder: Path) -> tuple[Tensor, Tensor, int]:
+        means = Means()
+        subject = Subject("means", (means,))
+        subject.cache = FeatureCache("means")
+        data = EvalData(
+            config(source="webdataset", path=str(folder)), EvalConfig(), image_size=20, device=CPU
+        )
+        found = data.features(subject, "test")
+        return found.features, found.labels, means.calls
+
+    file = shard(tmp_path / "data" / "test-0.tar", range(6))
+    first, before = features(file.parent), file.stat()
+    assert first[2] == 1
+    assert features(file.parent)[2] == 0
+    shutil.copytree(file.parent, tmp_path / "moved")
+    assert features(tmp_path / "moved")[2] == 0
+    shard(file, range(7, 13))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    again = features(file.parent)
+    assert again[2] == 1
+    assert not torch.equal(again[0], first[0])
+    assert again[1].tolist() == [number % 3 for number in range(7, 13)]

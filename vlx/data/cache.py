@@ -18,7 +18,6 @@ import numpy as np
 
 log = logging.getLogger("vlx")
 _META = "meta.json"
-_SIZED = 256  # files whose sizes go into a digest
 
 
 @dataclass(frozen=True)
@@ -54,16 +53,6 @@ def cache_dir() -> Path:
 def digest(*parts: str) -> str:
     """16 hex digits that name what was made of `parts`."""
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-
-
-def files_digest(content: str, count: int, file: Callable[[int], str]) -> str:
-    """16 hex digits of `content` and of the sizes of some of `count` files, -1 for one missing."""
-    result = hashlib.sha256(content.encode())
-    if count:
-        for index in np.unique(np.linspace(0, count - 1, _SIZED).astype(int)).tolist():
-            path = Path(file(index))
-            result.update(str(path.stat().st_size if path.exists() else -1).encode())
-    return result.hexdigest()[:16]
 
 
 @contextmanager

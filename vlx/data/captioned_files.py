@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vlx.data.cache import Index, cached_index, digest, files_digest, pack_names
+from vlx.data.cache import Index, cached_index, digest, pack_names
 from vlx.data.captions import LeftOut, Text, as_bytes, clean
+from vlx.data.content import combined, content_digests, files_fingerprint
 from vlx.data.source import Sample, SourceInfo
 
 log = logging.getLogger("vlx")
@@ -50,7 +51,7 @@ class Listing:
 def listing_index(
     files: Sequence[Path], words: Sequence[str], read: Callable[[], Listing]
 ) -> Index:
-    """The index of what `read` lists, kept until one of `files` changes.
+    """The index of what `read` lists, kept by what `files` hold.
 
     words: what besides the files' content decides the listing. Arrays: `names` and `ends` of the
     images, `texts` and `text_ends` of all captions, `firsts (N + 1,)` of every image's first one.
@@ -69,9 +70,8 @@ def listing_index(
         meta = {"note": listing.note, "extra": listing.extra, "digest": content.hexdigest()}
         return Index(arrays, meta)
 
-    states = [(file.resolve(), file.stat()) for file in files]
-    where = [f"{file}:{state.st_size}:{state.st_mtime_ns}" for file, state in states]
-    return cached_index("captions", digest(_VERSION, *words, *where), build, lambda index: True)
+    content = files_fingerprint(files[0].parent, files)
+    return cached_index("captions", digest(_VERSION, *words, content), build, lambda index: True)
 
 
 def _raw(text: str | bytes) -> bytes:
@@ -98,7 +98,7 @@ class CaptionedFiles:
             split=split,
             num_samples=len(self),
             fields=("image", "caption") if self._has_texts else ("image",),
-            fingerprint=files_digest(f"{index.meta['digest']}:{split}", len(self), self.describe),
+            fingerprint=combined([index.meta["digest"]], self._contents()),
             mirror_safe=mirror_safe,
             extra=index.meta["extra"],
         )
@@ -121,6 +121,10 @@ class CaptionedFiles:
 
     def labels(self) -> np.ndarray | None:
         return None
+
+    def _contents(self) -> np.ndarray:
+        """(N, 32) uint8: digests of the images."""
+        return content_digests(self._root, [self.describe(row) for row in range(len(self))])
 
     def captions(self, index: int) -> list[str]:
         return clean(self.texts(index))

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from vlx.core.errors import DataError
-from vlx.data.cache import digest
 from vlx.data.config import Classes, DataConfig
 from vlx.data.source import Sample, Source, SourceInfo
 from vlx.data.subset import Subset
@@ -28,10 +27,9 @@ class Selected(Subset):
 
     @property
     def info(self) -> SourceInfo:
-        whole = self._source.info
-        content = digest(whole.fingerprint, self._indices.tobytes().hex())
+        whole = super().info
         names = whole.class_names[self._classes.start : self._classes.stop]
-        return replace(super().info, class_names=names, fingerprint=content)
+        return replace(whole, class_names=names)
 
     def read(self, index: int) -> Sample:
         sample = dict(super().read(index))

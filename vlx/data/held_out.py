@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import zlib
 from collections.abc import Iterable
 from dataclasses import replace
@@ -45,13 +44,11 @@ class HeldOut(Subset):
         tests = np.array([zlib.crc32(key) % _TEST_EVERY == 0 for key in _keys(source, column)])
         super().__init__(source, np.flatnonzero(tests == (side == "test")))
         self._side = f":{side}"
-        whole = source.info.fingerprint
-        self._digest = hashlib.sha256(f"{whole}{self._side}:{column}".encode()).hexdigest()[:16]
 
     @property
     def info(self) -> SourceInfo:
         found = super().info
-        return replace(found, split=found.split + self._side, fingerprint=self._digest)
+        return replace(found, split=found.split + self._side)
 
 
 def split_name(cfg: DataConfig, split: str) -> tuple[str, str]:

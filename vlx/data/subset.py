@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from vlx.data.captions import HasTexts, Text
+from vlx.data.content import combined
 from vlx.data.source import Sample, Source, SourceInfo
 
 
@@ -18,7 +19,9 @@ class Subset:
 
     @property
     def info(self) -> SourceInfo:
-        return replace(self._source.info, num_samples=len(self))
+        whole = self._source.info
+        content = combined([whole.fingerprint, self._indices.tobytes()])
+        return replace(whole, num_samples=len(self), fingerprint=content)
 
     @property
     def indices(self) -> np.ndarray:

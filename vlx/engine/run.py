@@ -27,6 +27,7 @@ from vlx.data.config import DataConfig
 from vlx.data.few_shot import FILE as SPLIT_FILE
 from vlx.data.few_shot import Selected
 from vlx.data.open import open_source
+from vlx.data.training_data import keep_training_data
 from vlx.engine import checkpoint, rundir
 from vlx.engine.adapter import describe, load_adapter, save_adapter
 from vlx.engine.build import build_method, build_pipeline, total_steps
@@ -135,6 +136,7 @@ class Run:
         cfg, parallel = self.cfg, self.parallel
         snapshot = self._latest()
         source = open_source(cfg.data, cfg.data.train_split)
+        keep_training_data(self.run_dir, source.info, main=parallel.is_main)
         if isinstance(source, Selected) and parallel.is_main:
             write_json(self.run_dir / SPLIT_FILE, source.record())
         tokenizer = make_tokenizer(cfg.text, source, self.run_dir, main=parallel.is_main)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol, TypeVar
 
 import numpy as np
@@ -174,15 +174,12 @@ class EvalData:
         return Features(**found)
 
     def _identity(self, split: str) -> tuple[str, ...]:
-        """All that decides which pixels and labels a split has."""
+        """All that decides which pixels and labels a split has; where it lies does not."""
         info = self.source(split).info
-        no_matter = (
-            "path", "workers", "resident", "resident_limit_mb", "corrupt_limit", "repeats",
-            "balance_domains", "val_split",
-        )  # fmt: skip
-        keys = {k: v for k, v in asdict(self.data).items() if k not in no_matter}
+        matters = ("image_column", "label_column", "max_pixels", "max_side")
+        keys = {key: getattr(self.data, key) for key in matters}
         view = {"image_size": self.image_size, "crop_ratio": self.cfg.crop_ratio}
-        return info.name, info.split, info.fingerprint, json.dumps(keys | view, default=str)
+        return info.fingerprint, json.dumps([*info.class_names]), json.dumps(keys | view)
 
     def text_features(self, subject: Subject, texts: Sequence[str]) -> Tensor:
         """(T, E) float32 of unit length, encoded once for a subject."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import importlib.util
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from vlx.core.errors import DataError
 from vlx.data.config import DataConfig
+from vlx.data.content import combined
 from vlx.data.source import Sample, SourceInfo
 
 _TEST_EVERY = 5  # every fifth scan is the test split: 359 of 1797
@@ -45,7 +45,7 @@ class Digits:
             num_samples=len(self._labels),
             fields=("image", "label"),
             class_names=tuple(str(digit) for digit in range(10)),
-            fingerprint=hashlib.sha256(self._images.tobytes()).hexdigest()[:16],
+            fingerprint=combined([self._images.tobytes(), self._labels.tobytes()]),
             mirror_safe=False,
         )
 

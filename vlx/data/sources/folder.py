@@ -5,9 +5,9 @@ Of PATH/DOMAIN/CLASS/*.jpg a split may join several domains: photo+sketch.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
+import time
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from vlx.core.errors import DataError, nearest
-from vlx.data.cache import Index, cached_index, digest, files_digest, pack_names, unpack_name
+from vlx.data.cache import Index, cached_index, digest, pack_names, unpack_name
 from vlx.data.config import DataConfig
+from vlx.data.content import RACY_NS, combined, content_digests
 from vlx.data.joined import Joined
 from vlx.data.source import Sample, Source, SourceInfo
 
@@ -24,7 +25,7 @@ log = logging.getLogger("vlx")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _SPLIT_NAMES = ("train", "training", "test", "testing", "val", "valid", "validation", "dev")
 _TEST_EVERY = 10
-_VERSION = "1"
+_VERSION = "2"
 
 
 def open_folder(cfg: DataConfig, split: str) -> Source:
@@ -63,7 +64,7 @@ class Folder:
             num_samples=len(self._rows),
             fields=("image", "label") if names else ("image",),
             class_names=names,
-            fingerprint=self._fingerprint(split),
+            fingerprint=self._fingerprint(),
             mirror_safe=cfg.mirror_safe,
         )
 
@@ -88,10 +89,11 @@ class Folder:
             raise DataError(f"{self.info.name} has no column '{name}': folders have 'file' alone")
         return (os.fsencode(unpack_name(self._index, int(row))) for row in self._rows)
 
-    def _fingerprint(self, split: str) -> str:
-        """Digest of all names, and of the sizes of some files."""
-        content = f"{self._index.meta['digest']}:{split}"
-        return files_digest(content, len(self._rows), self.describe)
+    def _fingerprint(self) -> str:
+        """Digest of all names, which hold the labels, and of what the files hold."""
+        names = (os.fsencode(unpack_name(self._index, int(row))) for row in self._rows)
+        files = [self.describe(index) for index in range(len(self))]
+        return combined(names, content_digests(self._root, files))
 
 
 def _find_split(cfg: DataConfig, split: str) -> tuple[Path, str]:
@@ -140,16 +142,17 @@ def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
 
 def _scan(root: Path) -> Index:
     """Names relative to `root`, labels by class folder, and every folder's time of change."""
+    started = time.time_ns()
     names: list[bytes] = []
     labels: list[int] = []
-    folders: dict[str, int] = {".": root.stat().st_mtime_ns}
+    folders: dict[str, int] = {".": root.stat().st_ctime_ns}
     classes: list[str] = []
     tops = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
     for top in tops:
         label = len(classes)
         classes.append(top)
         for folder in _walk(root / top, {(root.stat().st_dev, root.stat().st_ino)}):
-            folders[str(folder.relative_to(root))] = folder.stat().st_mtime_ns
+            folders[str(folder.relative_to(root))] = folder.stat().st_ctime_ns
             inside = str(folder.relative_to(root))
             for name in sorted(entry.name for entry in _images_in(folder)):
                 names.append(os.fsencode(f"{inside}/{name}"))
@@ -162,17 +165,20 @@ def _scan(root: Path) -> Index:
     arrays = pack_names(names)
     arrays["labels"] = np.array(labels, dtype=np.int32)
     arrays["tests"] = np.array([zlib.crc32(n) % _TEST_EVERY == 0 for n in names], dtype=bool)
-    content = hashlib.sha256(b"\0".join(names)).hexdigest()
-    meta = {"classes": classes, "folders": folders, "loose": loose, "digest": content}
+    meta = {"classes": classes, "folders": folders, "loose": loose, "started": started}
     return Index(arrays, {**meta, "root": str(root)})
 
 
 def _unchanged(index: Index) -> bool:
-    """Whether every folder is as it was: adding or removing a file changes its folder's time."""
-    root = Path(index.meta["root"])
+    """Whether every folder is as it was: adding or removing a file changes its folder's time.
+
+    A folder that had just changed when it was read may have changed again within the same tick.
+    """
+    root, last = Path(index.meta["root"]), index.meta["started"] - RACY_NS
     try:
         return all(
-            (root / name).stat().st_mtime_ns == time for name, time in index.meta["folders"].items()
+            (root / name).stat().st_ctime_ns == changed < last
+            for name, changed in index.meta["folders"].items()
         )
     except OSError:
         return False

@@ -11,11 +11,12 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, features
 
 from vlx.core.errors import DataError, nearest
 from vlx.data.cache import Index, cached_index, digest
 from vlx.data.config import DataConfig
+from vlx.data.content import code_digest, files_fingerprint
 from vlx.data.noise import swapped
 from vlx.data.source import Sample, SourceInfo
 from vlx.data.variant import check_range, parse_variant
@@ -51,7 +52,6 @@ _BASELINE = 24
 _MARGIN = 1
 _TEST_SHARE = 5  # one character of five is in the test split
 _REFERENCE = "DejaVuSans"  # the face with the most characters
-_VERSION = "1"
 
 
 @dataclass(frozen=True)
@@ -189,9 +189,12 @@ def _is_test(code: int) -> bool:
 
 
 def _stamp(files: dict[str, Path]) -> str:
-    """Changes with the faces, Python's table of names, and what this module makes of them."""
-    sizes = [f"{face}:{file.stat().st_size}" for face, file in files.items()]
-    return digest(_VERSION, unicodedata.unidata_version, *CLASSES, *sizes)
+    """Changes with the faces, what draws them, the table of names, and this module's code."""
+    folder = next(iter(files.values())).parent
+    faces = files_fingerprint(folder, list(files.values()), *files)
+    drawn = [Image.__version__, str(features.version("freetype2"))]
+    code = code_digest(Path(__file__))
+    return digest(unicodedata.unidata_version, *drawn, faces, code)
 
 
 def _scan(files: dict[str, Path]) -> Index:

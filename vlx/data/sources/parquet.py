@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -16,6 +15,7 @@ import numpy as np
 from vlx.core.errors import DataError, nearest
 from vlx.data.captions import Text, as_texts, clean
 from vlx.data.config import DataConfig
+from vlx.data.content import files_fingerprint
 from vlx.data.labels import class_indices
 from vlx.data.source import Sample, SourceInfo
 
@@ -68,7 +68,7 @@ class Parquet:
                 *(["caption"] if captions else []),
             ),
             class_names=names,
-            fingerprint=_fingerprint(files),
+            fingerprint=_fingerprint(files, self._images, cfg.image_column),
             mirror_safe=cfg.mirror_safe,
         )
         if captions:
@@ -141,7 +141,9 @@ def _open(path: str | None, split: str) -> tuple[datasets.Dataset, list[Path]]:
     kind = "parquet" if files[0].suffix == ".parquet" else "arrow"
     names = [str(file) for file in files if file.suffix == files[0].suffix]
     try:
-        table = datasets.load_dataset(kind, data_files=names, split="train")
+        # `datasets` keeps what it made of a file by its path and time; the name adds the content.
+        content = files_fingerprint(root, [Path(name) for name in names])
+        table = datasets.load_dataset(kind, content, data_files=names, split="train")
     except Exception as error:  # pyarrow's and datasets' own kinds for files that are not theirs
         reason = str(error.__cause__ or error).splitlines()[0]
         raise DataError(f"{root}: cannot read split '{split}': {reason}") from error
@@ -249,13 +251,20 @@ def _files(root: Path, split: str) -> list[Path]:
     return chosen
 
 
-def _fingerprint(files: list[Path]) -> str:
-    """Digest of names, sizes and last 64 KiB: Parquet's footer holds sizes and statistics."""
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}".encode())
-        with file.open("rb") as stream:
-            stream.seek(max(0, size - 65536))
-            digest.update(stream.read())
-    return digest.hexdigest()[:16]
+def _fingerprint(files: list[Path], images: datasets.Dataset, column: str) -> str:
+    """Digest of what the files hold, and the image files that they only name."""
+    named = _named_files(images, column)
+    return files_fingerprint(files[0].parent, [*files, *map(Path, named)])
+
+
+def _named_files(images: datasets.Dataset, column: str) -> list[str]:
+    """Paths of images whose bytes are not in the table."""
+    import pyarrow as pa
+    import pyarrow.compute
+
+    pc: Any = pyarrow.compute  # its functions are made when it is imported
+    values = images.with_format("arrow").data.column(column)
+    if not pa.types.is_struct(values.type) or values.type.get_field_index("path") < 0:
+        return []
+    missing = pc.is_null(pc.struct_field(values, "bytes"))
+    return pc.struct_field(values, "path").filter(missing).drop_null().to_pylist()

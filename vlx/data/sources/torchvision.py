@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from PIL import Image
 
 from vlx.core.errors import DataError, nearest
 from vlx.data.config import DataConfig
+from vlx.data.content import combined, content_digests
 from vlx.data.source import Sample, SourceInfo
 
 # How each class takes its split: train=True/False, split=NAME, or not at all (split `all`).
@@ -45,7 +46,9 @@ class Torchvision:
             num_samples=len(self._data),
             fields=("image",) if self._labels is None else ("image", "label"),
             class_names=() if self._labels is None else _class_names(self._data, targets),
-            fingerprint=_fingerprint(self._data, cfg.variant, split, targets),
+            fingerprint=_fingerprint(
+                self._data, cfg.variant, Path(cfg.path or _DEFAULT_ROOT), targets
+            ),
             mirror_safe=cfg.variant not in _NOT_MIRROR_SAFE,
         )
 
@@ -115,11 +118,29 @@ def _class_names(data: Any, targets: np.ndarray) -> tuple[str, ...]:
     return tuple(str(i) for i in range(count))
 
 
-def _fingerprint(data: Any, variant: str, split: str, targets: np.ndarray) -> str:
-    """Digest of labels, and of pixels where all are in memory."""
-    digest = hashlib.sha256(f"{variant}:{split}:{len(data)}".encode())
-    digest.update(targets.tobytes())
+def _fingerprint(data: Any, variant: str, root: Path, targets: np.ndarray) -> str:
+    """Digest of labels and of pixels, where all are in memory, or else of the files."""
     pixels = getattr(data, "data", None)
     if pixels is not None and hasattr(pixels, "shape"):
-        digest.update(np.ascontiguousarray(np.asarray(pixels)).tobytes())
-    return digest.hexdigest()[:16]
+        array = np.ascontiguousarray(np.asarray(pixels))
+        return combined([variant, str(array.shape), targets.tobytes(), array.tobytes()])
+    return combined([variant, targets.tobytes()], content_digests(root, _files(data, variant)))
+
+
+def _files(data: Any, variant: str) -> list[str]:
+    """The files that the samples are read from. torchvision has no one name for them either."""
+    if variant == "PCAM":
+        names = (kind[data._split][0] for kind in data._FILES.values())
+        return [str(data._base_folder / name) for name in names]
+    if variant == "Caltech101":
+        folders = [Path(data.root, "101_ObjectCategories", data.categories[y]) for y in data.y]
+        return [str(f / f"image_{n:04d}.jpg") for f, n in zip(folders, data.index)]
+    if variant == "Caltech256":
+        folders = [Path(data.root, "256_ObjectCategories", data.categories[y]) for y in data.y]
+        names = (f"{y + 1:03d}_{n:04d}.jpg" for y, n in zip(data.y, data.index))
+        return [str(folder / name) for folder, name in zip(folders, names)]
+    for name in ("_image_files", "_images", "_samples", "samples"):
+        if hasattr(data, name):
+            rows = getattr(data, name)
+            return [str(row[0] if isinstance(row, tuple) else row) for row in rows]
+    raise DataError(f"{variant}: this torchvision keeps its files where vlx does not find them")

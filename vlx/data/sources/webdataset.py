@@ -8,7 +8,6 @@ had left.
 from __future__ import annotations
 
 import glob
-import hashlib
 import itertools
 import json
 import logging
@@ -26,6 +25,7 @@ from vlx.core.errors import DataError, nearest
 from vlx.data.cache import Index, cached_index, digest, pack_names, unpack_name
 from vlx.data.captions import LeftOut, Text, as_texts, clean
 from vlx.data.config import DataConfig
+from vlx.data.content import files_fingerprint
 from vlx.data.fetch import fetch_shards, is_remote
 from vlx.data.labels import class_indices
 from vlx.data.source import Sample, SourceInfo
@@ -250,20 +250,16 @@ class _Building:
 
 
 def _index(shards: list[Path], cfg: DataConfig) -> Index:
-    states = [shard.stat() for shard in shards]
-    where = [f"{shard.resolve()}:{s.st_size}:{s.st_mtime_ns}" for shard, s in zip(shards, states)]
-    content = hashlib.sha256()
-    for shard, state in zip(shards, states):
-        content.update(f"{shard.name}:{state.st_size}".encode())
+    content = files_fingerprint(shards[0].parent, shards)
     columns = _Columns(cfg.image_column, cfg.label_column, cfg.caption_column)
 
     def build() -> Index:
         building = _Building()
         for number, shard in enumerate(shards):
             _scan(building, number, shard, columns)
-        return building.finish(content.hexdigest()[:16])
+        return building.finish(content)
 
-    name = digest(_VERSION, *columns, *where)
+    name = digest(_VERSION, *columns, content, *(shard.name for shard in shards))
     return cached_index("shards", name, build, lambda index: True)
 
 

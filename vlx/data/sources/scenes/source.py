@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
 from vlx.core.errors import DataError
-from vlx.data.cache import digest
 from vlx.data.config import DataConfig
+from vlx.data.content import code_digest, combined
 from vlx.data.noise import swapped
 from vlx.data.source import Sample, SourceInfo
 from vlx.data.sources.scenes.draw import draw_scene
@@ -20,7 +21,6 @@ from vlx.data.variant import check_range, parse_variant
 
 _TEST_FROM = 1 << 40  # the test split's scenes are numbered from here
 _AROUND = 1.25  # distance of the other views' cameras over that of the scene's own
-_VERSION = "1"
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Scenes:
             num_samples=len(self._numbers),
             fields=("image", "label", "caption"),
             class_names=tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES),
-            fingerprint=digest(_VERSION, split, str(astuple(options)), *self.captions(0)),
+            fingerprint=self._fingerprint(split),
             mirror_safe=False,
         )
 
@@ -127,6 +127,13 @@ class Scenes:
 
     def questions(self, index: int) -> list[Question]:
         return questions(self.scene(index))
+
+    def _fingerprint(self, split: str) -> str:
+        """Digest of what a scene is a function of; the first one tells what libraries change."""
+        code = code_digest(*sorted(Path(__file__).parent.glob("*.py")))
+        first = picture(self.scene(0), self.options.side)
+        words = [code, split, str(astuple(self.options)), *self.captions(0)]
+        return combined([*words, first.tobytes()])
 
     def _label(self, index: int) -> int:
         first = self.scene(index).objects[0]
