@@ -88,5 +88,5 @@ def test_conversion_keeps_tensors_and_what_evaluation_gives() -> None:
 
 def test_norms_with_an_activation_are_refused_on_a_cpu() -> None:
     model = nn.Sequential(BatchNormAct2d(4))
-    with pytest.raises(ConfigError, match=r"method.0 is a SyncBatchNormAct, which shares statistics on"):
+    with pytest.raises(ConfigError, match=r"method\.0 is a SyncBatchNormAct, which shares"):
         share_batch_norms(model, torch.device("cpu"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from timm.layers import convert_sync_batchnorm
+from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
@@ -60,8 +60,9 @@ def share_batch_norms(module: nn.Module, device: torch.device) -> None:
             if type(part) is nn.SyncBatchNorm:
                 parent.register_module(key, _any_device(part))
             elif isinstance(part, nn.SyncBatchNorm) and not isinstance(part, SharedBatchNorm):
+                kind = type(part).__name__
                 raise ConfigError(
-                    f"train.sync_batchnorm: {name or 'method'}.{key} is a {type(part).__name__}, which shares "
+                    f"train.sync_batchnorm: {name or 'method'}.{key} is a {kind}, which shares "
                     "statistics on GPUs alone"
                 )
 
