@@ -42,7 +42,7 @@ FENCES: dict[str, tuple[str, ...]] = {
     "transformers": ("encoders/",),
     "peft": ("encoders/",),
     "open_clip": ("encoders/", "evals/"),
-    "timm.layers": ("encoders/", "blocks/", "methods/"),
+    "timm.layers": ("encoders/", "blocks/", "methods/", "engine/batch_norm.py"),
     "timm.models": ("encoders/", "blocks/", "methods/"),
     "timm.optim": ("engine/optim.py",),
     "timm.data": ("encoders/", "evals/"),

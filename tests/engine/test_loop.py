@@ -40,6 +40,25 @@ def test_accumulated_steps_equal_one_big_batch(accumulate: int, tmp_path: Path) 
     assert_close(parts, whole, losses=1e-5, state=1e-3)
 
 
+def test_evaluation_mode_leaves_statistics_and_depth_alone_and_trains_the_rest(
+    tmp_path: Path,
+) -> None:
+    words = ("train.steps=4", "eval.every_steps=2", "eval.at_end=[]", "encoder.drop_path=0.5")
+
+    def trained(name: str, *more: str) -> dict[str, torch.Tensor]:
+        run_dir = make_run(tmp_path, name, *words, *more, slug="rmt")
+        assert run_here(run_dir)[0] == 0
+        return final(run_dir).model
+
+    plain, still = trained("plain"), trained("still", "train.evaluation_mode=true")
+    means = [name for name in plain if name.endswith("running_mean")]
+    assert means
+    assert all(plain[name].any() and not still[name].any() for name in means)
+    # Two runs differ by the depth that is dropped; without it nothing is random.
+    again = trained("again", "train.evaluation_mode=true", "encoder.drop_path=0.0")
+    assert all(torch.equal(again[name], still[name]) for name in still)
+
+
 def test_same_seed_same_bits_and_another_seed_others(tmp_path: Path) -> None:
     first, second = run(tmp_path, "first"), run(tmp_path, "second")
     assert loss_records(first) == loss_records(second)

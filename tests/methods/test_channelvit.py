@@ -242,5 +242,20 @@ def test_a_dry_run_counts_all_channels() -> None:
 
 def test_tables_and_class_token_are_decayed_as_in_the_released_code() -> None:
     decay, _ = build("channelvit").param_groups()
-    names = {name.removeprefix("encoder.model.") for name, _ in decay.params}
+    names = {name.split(".", 2)[2] for name, _ in decay.params}
     assert {"pos_embed", "cls_token", "patch_embed.channel_embed.weight"} <= names
+
+
+@pytest.mark.parametrize("encoder", ["channelvit_small_patch16_224", "vit_small_patch16_224"])
+def test_the_classifier_s_bias_tables_and_class_token_are_decayed(encoder: str) -> None:
+    sizes = EncoderConfig(name=encoder, image_size=16, patch_size=8, dim=24, depth=2, heads=3)
+    method = method_of(sizes)
+    decay, no_decay = method.param_groups()
+    assert no_decay.weight_decay == 0.0
+    decayed = {name.split(".", 2)[2] for name, _ in decay.params}
+    assert {"head.bias", "head.weight", "cls_token", "pos_embed"} <= decayed
+    assert ("patch_embed.channel_embed.weight" in decayed) == encoder.startswith("channelvit")
+    assert all(param.ndim == 1 for _, param in no_decay.params)
+    assert {"blocks.0.norm1.weight", "patch_embed.proj.bias"} <= {
+        name.split(".", 2)[2] for name, _ in no_decay.params
+    }

@@ -12,7 +12,7 @@ from torch.nn import Identity
 from torch.nn.functional import adaptive_max_pool2d, unfold
 
 from tests.contract.build import build, config
-from vlx.blocks.vit_block import cross_block
+from vlx.blocks.vit_block import attend, cross_block
 from vlx.core.capability import ImageFeatures, ReducedTokens
 from vlx.core.errors import ConfigError
 from vlx.encoders.build import EncoderBuilder
@@ -391,3 +391,28 @@ def test_what_does_not_fit_is_refused_when_built() -> None:
 
 def test_layers_without_layer_scale_stay_without() -> None:
     assert isinstance(deit().blocks[2].ls1, Identity)
+
+
+def test_without_the_residual_the_windows_tokens_start_near_zero() -> None:
+    """The released classification runs: what attention gives takes the pooled tokens' place."""
+    torch.manual_seed(0)
+    with_it = timm.create_model("stvit_r_swin_small", num_classes=5).eval()
+    without = timm.create_model("stvit_r_swin_small", num_classes=5, window_residual=False).eval()
+    without.load_state_dict(with_it.state_dict())
+    x = torch.randn(1, 14, 14, 384)
+    units = with_it.layers[2].blocks[0], without.layers[2].blocks[0]
+    with torch.no_grad():
+        kept, bare = (unit.gather_windows(x) for unit in units)
+        pooled, keys = units[1].window_tokens(x)
+        block = units[1].gather_local
+        attended, _ = attend(block.attn, block.norm1(pooled), context=block.norm1(keys))
+        start = block.ls1(attended)
+        expected = start + block.ls2(block.mlp(block.norm2(start)))
+    torch.testing.assert_close(bare, expected.reshape_as(bare))
+    assert bare.abs().max() < 1e-3  # layer scales of 1e-5
+    assert kept.abs().mean() > 0.1
+
+
+@pytest.mark.parametrize("preset", ["swin-small", "swin-base"])
+def test_the_released_runs_have_no_residual_there(preset: str) -> None:
+    assert config("stvit", preset).method.window_residual is False

@@ -196,11 +196,15 @@ def run_block(
     return hook.after_block(replace(state, x=state.x + mixed), layer), ran
 
 
-def cross_block(block: Block, query: Tensor, context: Tensor) -> Tensor:
+def cross_block(block: Block, query: Tensor, context: Tensor, *, residual: bool = True) -> Tensor:
     """A block whose queries are `query (B, N, D)` and whose keys and values are `context`
-    (B, M, D), both unnormed; residuals and MLP on the queries. Returns (B, N, D)."""
+    (B, M, D), both unnormed; residuals and MLP on the queries. Returns (B, N, D).
+
+    residual: whether what attention gives is added to the queries, or takes their place.
+    """
     attended, _ = attend(block.attn, block.norm1(query), context=block.norm1(context))  # type: ignore[arg-type]
-    x = query + block.drop_path1(block.ls1(attended))
+    x = block.drop_path1(block.ls1(attended))
+    x = query + x if residual else x
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 

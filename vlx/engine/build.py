@@ -13,7 +13,7 @@ from vlx.core.text import Tokenizer
 from vlx.data.pipeline import Share, TrainPipeline
 from vlx.data.source import Source
 from vlx.encoders.build import EncoderBuilder
-from vlx.engine.config import RunConfig
+from vlx.engine.config import RunConfig, TrainConfig
 from vlx.engine.parallel import Parallel
 from vlx.engine.text import shape_tokenizer
 
@@ -104,3 +104,11 @@ def total_steps(cfg: RunConfig, steps_per_epoch: int) -> int:
         return cfg.train.steps
     assert cfg.train.epochs is not None
     return max(1, math.floor(cfg.train.epochs * steps_per_epoch))
+
+
+def begin_training(method: Trainable, cfg: TrainConfig) -> None:
+    """Training mode, in which the method's parts stay out of it with `train.evaluation_mode`."""
+    method.train()
+    if cfg.evaluation_mode:
+        for part in method.children():
+            part.eval()

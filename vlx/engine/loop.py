@@ -20,6 +20,7 @@ from vlx.core.method import Coupled, StepContext, Trainable
 from vlx.core.random import step_seed
 from vlx.data.pipeline import TrainPipeline
 from vlx.engine import checkpoint
+from vlx.engine.build import begin_training
 from vlx.engine.config import RunConfig
 from vlx.engine.ema import copy_full
 from vlx.engine.gradient_cache import cached_gradients
@@ -86,7 +87,7 @@ class Trainer:
         self.checkpoints = run_dir / "checkpoints"
         self.progress = Progress()
         self.module: nn.Module = parallel.wrap(method, cfg.train.compile)
-        self.method.train()
+        begin_training(method, cfg.train)
         groups = method.param_groups()
         if cfg.optim.layer_decay is not None:
             groups = layer_scales(groups, method, cfg.optim.layer_decay)
@@ -289,7 +290,7 @@ class Trainer:
             with nullcontext() if average is None else average.swapped(), torch.no_grad():
                 return self.parallel.whole(self.module, evaluate)
         finally:
-            self.method.train()
+            begin_training(self.method, self.cfg.train)
 
     def _save_due(self, done: int) -> bool:
         if done == self.total_steps:

@@ -22,7 +22,7 @@ from vlx.core.random import step_seed
 from vlx.data.open import open_source
 from vlx.data.pipeline import TrainPipeline
 from vlx.engine import checkpoint
-from vlx.engine.build import build_method, build_pipeline, total_steps
+from vlx.engine.build import begin_training, build_method, build_pipeline, total_steps
 from vlx.engine.config import LauncherConfig, RunConfig
 from vlx.engine.parallel import Parallel
 from vlx.engine.text import run_tokenizer
@@ -100,7 +100,7 @@ def replay(cfg: RunConfig, folder: Path) -> Replay:
         method = build_method(cfg, source, tokenizer, load_weights=False).to(parallel.device)
         pipeline = build_pipeline(cfg, source, type(method), parallel, tokenizer)
         method.load_state_dict(checkpoint.load(saved).model)
-        method.train()
+        begin_training(method, cfg.train)
         found = []
         for rank in range(evidence.world):
             pipeline.share = replace(pipeline.share, rank=rank, world=evidence.world)

@@ -33,7 +33,7 @@ from vlx.core.capability import Capability, ChannelSubsets
 from vlx.core.config import ClassifierConfig
 from vlx.core.errors import ConfigError
 from vlx.core.fields import LABEL, Batch, Needs, ViewSpec
-from vlx.core.method import Builder, StepContext, StepOutput
+from vlx.core.method import Builder, ParamGroup, StepContext, StepOutput
 from vlx.core.paper import Paper
 from vlx.encoders.base import EncoderFeatures, VisionEncoder
 from vlx.families.classifier import Classifier, Logits, training_view
@@ -106,10 +106,6 @@ class ChannelVit(VisionTransformer):
         super().__init__(in_chans=in_chans, embed_layer=ChannelPatchEmbed, **arguments)
         if self.cls_token is not None:
             trunc_normal_(self.cls_token, std=0.02)
-
-    def no_weight_decay(self) -> set[str]:
-        """Nothing but biases and norms: the released code decays tables and class token too."""
-        return set()
 
     def embed(self, x: Tensor, channels: Tensor | None = None) -> Tensor:
         """x: (B, m, H, W), normalised. Returns (B, 1 + m*N, D)."""
@@ -230,6 +226,18 @@ class ChannelVitClassifier(Classifier):
         self.select = drop_tokens
         if not isinstance(self.encoder.backbone, ChannelVit):
             self.select = zero_and_rescale
+
+    def param_groups(self) -> list[ParamGroup]:
+        """Released code: biases and 1-D tensors of the backbone are not decayed; the classifier's
+        bias, tables and class tokens are, the baseline's too."""
+        head = self.encoder.backbone.get_classifier()  # type: ignore[operator]
+        classifier = {id(param) for param in head.parameters()}
+        groups = [ParamGroup("decay", []), ParamGroup("no_decay", [], weight_decay=0.0)]
+        for name, param in self.named_parameters():
+            if param.requires_grad:
+                exempt = param.ndim < 2 and id(param) not in classifier
+                groups[exempt].params.append((name, param))
+        return groups
 
     @classmethod
     def needs(cls, cfg: ChannelVitConfig) -> Needs:

@@ -5,9 +5,8 @@ blocks a depth-wise convolution precedes the linear projections to queries, keys
 stride 2 for the last two. There is no position embedding; a class token exists in the last stage.
 
 B batch, C width of a stage, N tokens of its map, P 1 in the last stage and 0 before.
-Departures: the reference keeps the rate at its minimum for ten epochs more, this schedule ends
-there. As in its code the logits are scaled by the width of the stage, not of a head, and the MLP's
-activation is QuickGELU (transformers' port has GELU: `act_layer`).
+As in the reference's code the logits are scaled by the width of the stage, not of a head, and the
+MLP's activation is QuickGELU (transformers' port has GELU: `act_layer`).
 """
 
 from __future__ import annotations

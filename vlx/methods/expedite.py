@@ -8,7 +8,9 @@ mean of what became of its nearest clusters. No parameters and no training: `tra
 
 B batch, P patches on a grid of H rows and W columns, M clusters on h rows and w columns, D width.
 Departures: the reconstruction's weights are divided by their sum; the reference divides by their
-L2 norm, which makes features up to sqrt(neighbours) times larger (`recovery: l2`). A class token
+L2 norm, which makes features up to sqrt(neighbours) times larger (`recovery: l2`; the reference's
+exponentials underflow at an inverse temperature of 1, and an epsilon then shrinks the rows of far
+patches: there it is not reproduced). A class token
 passes by and decides, as in Expedit-SWAG, whose models all have one; a model that pools patches
 counts each centroid as many times as it has patches. alpha is the number of layers at full size,
 which the paper's figures fit; the example commands of two of its repositories run one more.

@@ -8,9 +8,8 @@ starts each block, a third sits in the feed-forward network.
 B batch, N = h*w places of a stage, n heads, d width of a head, C = n*d.
 Departures: as in the released code the decay is added to the logits, before the softmax; the
 paper's formula multiplies the weights after it (`method.decay=weights`). Token labelling (the
-starred results) is left out: its dense labels come from another model's files. The schedule ends
-at the minimum rate, without ten more epochs there. The paper's FLOPs are multiply-accumulates in
-units of 2^30.
+starred results) is left out: its dense labels come from another model's files. The paper's FLOPs
+are multiply-accumulates in units of 2^30.
 """
 
 from __future__ import annotations

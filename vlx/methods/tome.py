@@ -6,7 +6,10 @@ it stands for. No parameters and, off the shelf, no training: `train.steps=0`.
 
 B batch, N tokens, H heads, d width of a head.
 Departures: the keys compared are those after timm's key norm, where a model has one, since
-attention uses these; ranking ties go to the earlier token.
+attention uses these; ranking ties go to the earlier token. Unmerged tokens stay in their order
+without a class token too, where the official code leaves them in that of similarity. All prefix
+tokens are protected, registers too, where it merges these. A model that pools its patches counts a
+token as many times as it has patches, as the official patch of MAE does and that of timm does not.
 """
 
 from __future__ import annotations

@@ -8,8 +8,7 @@ layer in which the patches query the semantic tokens.
 B batch, N patches, M semantic tokens, D width.
 Departures: the pooling is the released code's adaptive maximum, since how the paper's learned
 masks and offsets combine was not seen; the residual of the second gathering layer is its query,
-as in the code; in STViT-R the gathering in windows keeps its residual, as the paper and the
-detection code have it and the released classification runs do not; maps of more than two windows
+as in the code; maps of more than two windows
 a side are cut without padding, the windows at the border reaching further inwards; "centres" alone
 start the tokens from the centres, nothing is added later.
 """
@@ -72,6 +71,9 @@ class StvitConfig(ClassifierConfig):
     start: Start | None = None
     """The pooled map, learned centres, or both. null: both on DeiT (paper), pooling on Swin (code).
     """
+    window_residual: bool | None = None
+    """On Swin, whether the gathering in windows adds to the pooled tokens. null: it does, as in the
+    paper and the detection code; the released classification runs (82.7, 83.2) have it off."""
 
 
 class Stvit(FewTokenClassifier):
@@ -89,6 +91,7 @@ class Stvit(FewTokenClassifier):
             "base_layers": cfg.base_layers,
             "gather_layers": cfg.gather_layers,
             "start": cfg.start and cfg.start.value,
+            "window_residual": cfg.window_residual,
         }
         return {key: value for key, value in chosen.items() if value is not None}
 

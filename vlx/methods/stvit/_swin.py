@@ -76,14 +76,21 @@ def _layer(like: SwinTransformerBlock, heads: int, drop_path: float) -> Block:
 class SemanticUnit(nn.Module):
     """Six layers: x passes the first and the last, semantic tokens live in between.
 
-    full: an unshifted Swin block. rates: stochastic depth of the other five.
+    full: an unshifted Swin block. rates: stochastic depth of the other five. window_residual:
+    whether the gathering in windows adds to the pooled tokens.
     """
 
     def __init__(
-        self, full: SwinTransformerBlock, heads: int, token_side: int, rates: list[float]
+        self,
+        full: SwinTransformerBlock,
+        heads: int,
+        token_side: int,
+        rates: list[float],
+        *,
+        window_residual: bool,
     ) -> None:
         super().__init__()
-        self.full, self.token_side = full, token_side
+        self.full, self.token_side, self.window_residual = full, token_side, window_residual
         self.window = full.window_size[0]
         blocks = [_layer(full, heads, rate) for rate in rates]
         self.gather_local, self.gather_global = blocks[:2]
@@ -101,7 +108,7 @@ class SemanticUnit(nn.Module):
     def gather_windows(self, x: Tensor) -> Tensor:
         """Semantic tokens (B, windows * s*s, D), window by window, after the first gathering."""
         pooled, keys = self.window_tokens(x)
-        tokens = cross_block(self.gather_local, pooled, keys)
+        tokens = cross_block(self.gather_local, pooled, keys, residual=self.window_residual)
         return tokens.reshape(len(x), -1, x.shape[-1])
 
     def forward(self, x: Tensor, centres: Tensor | None = None) -> Tensor:
@@ -157,7 +164,13 @@ class SemanticStage(nn.Module):
     """Stage 3: units in place of a Swin stage's blocks, whose first of every six they keep."""
 
     def __init__(
-        self, stage: SwinTransformerStage, token_side: int, start: str, rates: list[float]
+        self,
+        stage: SwinTransformerStage,
+        token_side: int,
+        start: str,
+        rates: list[float],
+        *,
+        window_residual: bool,
     ) -> None:
         super().__init__()
         self.downsample = stage.downsample
@@ -185,6 +198,7 @@ class SemanticStage(nn.Module):
                 first.attn.num_heads,
                 token_side,
                 rates[i + 1 : i + UNIT],
+                window_residual=window_residual,
             )
             for i in range(0, stage.depth, UNIT)
         )
@@ -215,11 +229,18 @@ class SemanticSwin(SwinTransformer):
     """timm's Swin with a convolutional stem and the third stage on semantic tokens.
 
     token_side: side of the square of semantic tokens of each window. start: "pooling", or "both":
-    learned global centres as well, added to the queries of the first unit.
+    learned global centres as well, added to the queries of the first unit. window_residual: False
+    where what the windows' gathering gives takes the pooled tokens' place, as in the released runs.
     """
 
     def __init__(
-        self, *, plain: str, token_side: int = 3, start: str = "pooling", **kwargs: Any
+        self,
+        *,
+        plain: str,
+        token_side: int = 3,
+        start: str = "pooling",
+        window_residual: bool = True,
+        **kwargs: Any,
     ) -> None:
         rate, depths = kwargs.get("drop_path_rate", 0.1), kwargs["depths"]
         super().__init__(embed_layer=ConvStem, **kwargs)
@@ -228,7 +249,9 @@ class SemanticSwin(SwinTransformer):
         assert isinstance(stage, SwinTransformerStage)
         rates = calculate_drop_path_rates(rate, list(depths), stagewise=True)[2]
         assert isinstance(rates, list)
-        self.layers[2] = SemanticStage(stage, token_side, start, rates)
+        self.layers[2] = SemanticStage(
+            stage, token_side, start, rates, window_residual=window_residual
+        )
 
     def set_input_size(self, *_: Any, **__: Any) -> None:
         raise ConfigError("STViT-R is created at its size: give img_size to create_model")
