@@ -29,9 +29,7 @@ class Classifier(Trainable):
                 "a classifier needs labels, and the data has none: `vlx data show` says what it has"
             )
         self.num_classes = build.num_classes
-        self.mixing = Mixing(
-            mixup_alpha=cfg.mixup, cutmix_alpha=cfg.cutmix, smoothing=cfg.smoothing
-        )
+        self.mixing = mixing_of(cfg)
 
     @classmethod
     def needs(cls, cfg: ClassifierConfig) -> Needs:
@@ -48,27 +46,40 @@ class Classifier(Trainable):
 
     def mix(self, images: Tensor, labels: Tensor, ctx: StepContext) -> tuple[Tensor, Tensor]:
         """Mixup or CutMix in training, smoothing alone otherwise: (images, targets (B, C))."""
-        generator = ctx.cpu_generator("mixing")
-        with torch.device("cpu"):  # a dry run sets another default
-            mixture = self.mixing.draw(generator) if self.training else Mixture()
+        mixture = draw_mixture(self.mixing, ctx) if self.training else Mixture()
         return self.mixing.apply(images, labels, self.num_classes, mixture)
 
     def param_groups(self) -> list[ParamGroup]:
-        """As `Trainable`'s; what timm's models list in `no_weight_decay` is not decayed either:
-        position tables, class tokens (DeiT's recipe)."""
-        exempt = {
-            f"{name}.{key}"
-            for name, part in self.named_modules()
-            if hasattr(part, "no_weight_decay")
-            for key in part.no_weight_decay()  # pyright: ignore
-        }
-        decay, no_decay = super().param_groups()
-        no_decay.params += [(name, param) for name, param in decay.params if name in exempt]
-        decay.params = [(name, param) for name, param in decay.params if name not in exempt]
-        return [decay, no_decay]
+        return decay_as_models_say(self)
 
     def exports(self) -> tuple[Capability, ...]:
         return (Logits(self),)
+
+
+def mixing_of(cfg: ClassifierConfig) -> Mixing:
+    return Mixing(mixup_alpha=cfg.mixup, cutmix_alpha=cfg.cutmix, smoothing=cfg.smoothing)
+
+
+def draw_mixture(mixing: Mixing, ctx: StepContext) -> Mixture:
+    """What the step does, the same for all samples of the micro-batch."""
+    generator = ctx.cpu_generator("mixing")
+    with torch.device("cpu"):  # a dry run sets another default
+        return mixing.draw(generator)
+
+
+def decay_as_models_say(method: Trainable) -> list[ParamGroup]:
+    """As `Trainable`'s; what timm's models list in `no_weight_decay` is not decayed either:
+    position tables, class tokens (DeiT's recipe)."""
+    exempt = {
+        f"{name}.{key}"
+        for name, part in method.named_modules()
+        if hasattr(part, "no_weight_decay")
+        for key in part.no_weight_decay()  # pyright: ignore
+    }
+    decay, no_decay = Trainable.param_groups(method)
+    no_decay.params += [(name, param) for name, param in decay.params if name in exempt]
+    decay.params = [(name, param) for name, param in decay.params if name not in exempt]
+    return [decay, no_decay]
 
 
 class Classifies(Protocol):

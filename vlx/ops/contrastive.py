@@ -63,6 +63,17 @@ class _PairedCrossEntropy(torch.autograd.Function):
         return pulled * (scale * grad), pushed * (scale * grad), of_scale.reshape(scale.shape), None
 
 
+def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
+    """Of 2B vectors, (B, E) twice, each against all others of this process, its own other view
+    being the right one (SimCLR, Chen et al. 2020, equation 1)."""
+    z = normalize(torch.cat([first, second]).float(), dim=1)
+    with without_autocast(z):
+        logits = z @ z.T / temperature
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    pairs = torch.arange(len(z), device=z.device).roll(len(first))
+    return cross_entropy(logits.masked_fill(itself, float("-inf")), pairs)
+
+
 def distilled_contrast(logits: Tensor, taught: Tensor, positives: Tensor, alpha: float) -> Tensor:
     """Cross-entropy against the positives, evenly, mixed with the teacher's softmax (ALBEF, Li et
     al. 2021, equation 6).

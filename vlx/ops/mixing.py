@@ -99,4 +99,9 @@ def soft_target_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
     logits: (B, C). Equals the usual cross entropy where targets are one-hot.
     """
-    return -(targets * logits.float().log_softmax(-1)).sum(-1).mean()
+    return soft_target_rows(logits, targets).mean()
+
+
+def soft_target_rows(logits: Tensor, targets: Tensor) -> Tensor:
+    """`(B,)`: the cross entropy of every sample, in float32; shapes as above."""
+    return -(targets * logits.float().log_softmax(-1)).sum(-1)
