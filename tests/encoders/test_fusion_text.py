@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
+from transformers import BertConfig, BertForMaskedLM, BertModel, RobertaConfig, RobertaModel
 from transformers.models.bert.modeling_bert import BertLayer
 
 from tests.encoders.make_hf import CORPUS, wordpiece
@@ -223,3 +224,22 @@ def _words(folder: Path) -> str:
     place = folder / "words"
     wordpiece(place)
     return str(place)
+
+
+def test_the_head_of_masked_words_is_berts_where_its_files_hold_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    reference = BertForMaskedLM(BertConfig(**SIZES)).eval()
+    torch.nn.init.normal_(reference.cls.predictions.bias)
+    reference.save_pretrained(tmp_path / "whole")
+    reference.bert.save_pretrained(tmp_path / "bare")
+    cfg = TextConfig(name=str(tmp_path / "whole"), context_length=LENGTH)
+    text = FusionText(cfg, SIZES["vocab_size"], image_dim=8)
+    head = WordHead(text.spec.dim, text.spec.vocab_size, text.eps)
+    head.load_state_dict(text.word_head_state())
+    states = torch.randn(2, 5, text.spec.dim)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            head(states, text.token_table.weight), reference.cls(states), atol=1e-5, rtol=1e-5
+        )
+    bare = FusionText(replace(cfg, name=str(tmp_path / "bare")), SIZES["vocab_size"], image_dim=8)
+    assert bare.word_head_state() == {}

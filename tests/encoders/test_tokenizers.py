@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vlx.core.caption import clean_albef
 from vlx.core.errors import ConfigError
+from vlx.encoders.cleaned import CleanedTokenizer
 from vlx.encoders.tokenizers import bpe_bytes, bpe_from_file, clip_tokenizer, train_bpe
 
 TEXTS = [
@@ -74,3 +76,14 @@ def test_sizes_that_cannot_be_are_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(bpe_bytes(train_bpe(TEXTS, 400, 16)))
     with pytest.raises(ConfigError, match=r"more than text\.vocab_size=300"):
         bpe_from_file(tmp_path / "tokenizer.json", 300, 16)
+
+
+def test_a_cleaned_tokenizer_is_its_own_on_cleaned_captions() -> None:
+    captions = ["A Red-Brown dog, (asleep)!", "two   cats / kittens"]
+    inner = clip_tokenizer(16)
+    cleaned = CleanedTokenizer(inner, clean_albef)
+    expected = inner.encode(["a red brown dog asleep", "two cats kittens"])
+    found = cleaned.encode(captions)
+    assert (found.ids == expected.ids).all()
+    assert (found.lengths == expected.lengths).all()
+    assert pickle.loads(pickle.dumps(cleaned)).encode(captions).ids.tolist() == found.ids.tolist()

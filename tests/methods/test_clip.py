@@ -31,6 +31,14 @@ RESNET = (1, 2, 1, 1)  # bottlenecks a stage
 TEXTS = ["a cat", "two dogs on a mat, running", "x y z 1 2 3 4" * 30, "é"]
 
 
+def test_the_class_token_is_not_decayed() -> None:
+    decay, no_decay = build("clip").param_groups()
+    tokens = [name for name, _ in no_decay.params if name.endswith("cls_token")]
+    assert tokens == ["towers.image.vit.cls_token"]
+    assert not [name for name, _ in decay.params if name.endswith("cls_token")]
+    assert {"towers.image.vit.pos_embed", "towers.projection.weight"} <= dict(decay.params).keys()
+
+
 def clip(cfg: ClipConfig, encoder: EncoderConfig = SMALL, text: TextConfig = SMALL_TEXT) -> Clip:
     tokenizer = clip_tokenizer(text.context_length)
     return Clip(cfg, EncoderBuilder({"encoder": encoder}, 0, text=text, tokenizer=tokenizer))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vlx.core.errors import CheckpointError
 from vlx.core.text import Tokenizer
 from vlx.encoders.checkpoint import POOLED, check_rows, fit_positions, load_whole, read_weights
+from vlx.encoders.cleaned import CleanedTokenizer
 from vlx.encoders.tokenizers import FILE, BpeTokenizer, bpe_bytes
 
 # Pattern of a published name -> ours; of the blocks `\2` is what is inside one.
@@ -85,6 +86,8 @@ def check_tokenizer(tokenizer: Tokenizer, path: str) -> None:
     file = Path(path).expanduser() / FILE
     if not file.is_file():
         return
+    if isinstance(tokenizer, CleanedTokenizer):
+        tokenizer = tokenizer.inner
     if not isinstance(tokenizer, BpeTokenizer) or bpe_bytes(tokenizer) != file.read_bytes():
         raise CheckpointError(
             f"{path} was trained with its own tokenizer, not with {tokenizer.name}: set "

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from vlx.core.caption import Clean
+
 
 class PosEmbed(Enum):
     """Position table of a ViT."""
@@ -52,6 +54,9 @@ class TextConfig:
     """clip (CLIP's byte-level BPE, 49,408 ids), bpe (trained on the captions of the training
     split), a vlx run whose own one to use, or a local Hugging Face tokenizer: a directory or a
     tokenizer.json."""
+    clean: Clean = Clean.none
+    """How captions are cleaned before that, in training and evaluation: none, or albef (lower case,
+    no punctuation, at most 30 words)."""
     vocab_size: int | None = None
     """Ids of a trained tokenizer and rows of the token table; null takes the tokenizer's own."""
     context_length: int = 77

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from vlx.blocks.bert_block import BertBlock, FusionBlock
 from vlx.blocks.init import normal_init
 from vlx.blocks.vit_block import BlockHook, UnsupportedBlock
-from vlx.core.errors import ConfigError
+from vlx.core.errors import CheckpointError, ConfigError
 from vlx.encoders.config import TextConfig
 from vlx.encoders.hf_model import config_of_directory, config_of_kind, read_model
 from vlx.encoders.sentence_pooling import sentence_layout
@@ -23,6 +24,7 @@ from vlx.ops.text import real_tokens
 if TYPE_CHECKING:
     from transformers import BertConfig, PreTrainedConfig
 
+log = logging.getLogger("vlx")
 _KIND = "bert"
 _WIDTH = 768
 # Pattern of a published name -> ours.
@@ -44,6 +46,13 @@ _NAMES = (
 _JOINED = {
     "attention.self": ("qkv", ("query", "key", "value")),
     "crossattention.self": ("key_value", ("key", "value")),
+}
+_WORD_HEAD = {
+    "transform.dense.weight": "dense.weight",
+    "transform.dense.bias": "dense.bias",
+    "transform.LayerNorm.weight": "norm.weight",
+    "transform.LayerNorm.bias": "norm.bias",
+    "bias": "bias",
 }
 _NEW = ("query", "key_value", "looked")
 """Parts of a block that a published BERT lacks."""
@@ -89,6 +98,7 @@ class FusionText(TextEncoder):
         )
         # Narrower, 0.02 would leave the class token blind: every text would look alike.
         normal_init(self, 0.02 * (_WIDTH / dim) ** 0.5)
+        self.folder, self.config = folder, config
         if folder is not None:
             self._read(folder, config)
 
@@ -146,6 +156,21 @@ class FusionText(TextEncoder):
         report = self.load_state_dict(state, strict=False)
         assert not report.unexpected_keys
         assert all(key.split(".")[2] in _NEW for key in report.missing_keys), report.missing_keys
+
+    def word_head_state(self) -> dict[str, Tensor]:
+        """What the published BERT predicts masked words with, under the names of `WordHead`; empty
+        where the text is new or its files hold no such head."""
+        from transformers import AutoModelForMaskedLM
+
+        if self.folder is None or torch.get_default_device().type == "meta":
+            return {}
+        try:
+            model = read_model(AutoModelForMaskedLM, self.folder, self.config)
+        except CheckpointError:  # `_read` has found the rest
+            log.info(f"{self.folder} has no head of masked words: it starts new")
+            return {}
+        head = model.get_submodule("cls.predictions").state_dict()
+        return {ours: head[theirs] for theirs, ours in _WORD_HEAD.items()}
 
 
 def bert_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

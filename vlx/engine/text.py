@@ -7,11 +7,13 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
+from vlx.core.caption import Clean, clean_albef
 from vlx.core.errors import DataError, StorageError
 from vlx.core.files import write_atomic
 from vlx.core.text import Tokenizer
 from vlx.data.cache import cache_dir, digest, locked
 from vlx.data.source import Captioned, Source
+from vlx.encoders.cleaned import CleanedTokenizer
 from vlx.encoders.config import TextConfig
 from vlx.encoders.tokenizers import (
     FILE,
@@ -32,7 +34,7 @@ def shape_tokenizer(cfg: TextConfig | None) -> Tokenizer | None:
     """A tokenizer of the right sizes without data: one that would be trained knows bytes only."""
     if cfg is None or cfg.tokenizer != _TRAINED:
         return _published(cfg)
-    return train_bpe((), cfg.vocab_size or _VOCAB_SIZE, cfg.context_length)
+    return _cleaned(cfg, train_bpe((), cfg.vocab_size or _VOCAB_SIZE, cfg.context_length))
 
 
 def run_tokenizer(cfg: TextConfig | None, run_dir: Path) -> Tokenizer | None:
@@ -42,7 +44,7 @@ def run_tokenizer(cfg: TextConfig | None, run_dir: Path) -> Tokenizer | None:
     file = run_dir / FILE
     if not file.is_file():
         raise DataError(f"{file} is missing: the tokenizer that was trained for the run")
-    return bpe_from_file(file, cfg.vocab_size or _VOCAB_SIZE, cfg.context_length)
+    return _cleaned(cfg, bpe_from_file(file, cfg.vocab_size or _VOCAB_SIZE, cfg.context_length))
 
 
 def make_tokenizer(
@@ -59,12 +61,21 @@ def make_tokenizer(
     tokenizer = _train(cfg, source)
     if main:
         write_atomic(run_dir / FILE, bpe_bytes(tokenizer))
-    return tokenizer
+    return _cleaned(cfg, tokenizer)
+
+
+def _cleaned(cfg: TextConfig, tokenizer: Tokenizer) -> Tokenizer:
+    if cfg.clean is Clean.none:
+        return tokenizer
+    return CleanedTokenizer(tokenizer, clean_albef)
 
 
 def _published(cfg: TextConfig | None) -> Tokenizer | None:
-    if cfg is None:
-        return None
+    return None if cfg is None else _cleaned(cfg, _named(cfg))
+
+
+def _named(cfg: TextConfig) -> Tokenizer:
+    """A tokenizer that exists, by what `text.tokenizer` says."""
     if cfg.tokenizer == _PUBLISHED:
         return clip_tokenizer(cfg.context_length)
     run = Path(cfg.tokenizer).expanduser()
@@ -84,7 +95,8 @@ def _train(cfg: TextConfig, source: Source) -> BpeTokenizer:
             "set text.tokenizer to a run of vlx align, to a tokenizer's directory, or to clip"
         )
     content = hashlib.sha256()
-    texts = list(_all(source))
+    clean = clean_albef if cfg.clean is Clean.albef else str
+    texts = [clean(text) for text in _all(source)]
     for text in texts:
         content.update(text.encode() + b"\0")
     file = cache_dir() / "tokenizers" / f"{digest('1', str(size), content.hexdigest())}.json"

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from vlx.blocks.vit_block import BlockHook
 from vlx.core.capability import DualEncoder
 from vlx.core.fields import TEXT, TEXT_LENGTH, ViewSpec
-from vlx.core.method import Builder
+from vlx.core.method import Builder, ParamGroup
 from vlx.encoders.init import clip_vision_init
 from vlx.ops.augment import HorizontalFlip, RandomResizedCrop
 from vlx.ops.rand_augment import ALBEF_RANDOM
@@ -30,6 +30,17 @@ def caption_view(
     if rand_augment is not None:
         ops.append(replace(ALBEF_RANDOM, magnitude=rand_augment))
     return ViewSpec("image", ops=tuple(ops))
+
+
+def exempt_class_tokens(groups: list[ParamGroup]) -> list[ParamGroup]:
+    """Decayed and undecayed parameters, the class token of a ViT among the latter: in CLIP's code
+    it is a vector, and vectors are not decayed."""
+    decay, no_decay = groups
+    for name, param in decay.params:
+        if name.endswith(".cls_token"):
+            no_decay.params.append((name, param))
+    decay.params = [pair for pair in decay.params if not pair[0].endswith(".cls_token")]
+    return [decay, no_decay]
 
 
 class PairTowers(nn.Module):

@@ -154,6 +154,8 @@ class AlbefTowers(PairTowers):
         if cfg.objective is Objective.pretrain:
             self.word_head = WordHead(dim, self.text.spec.vocab_size, self.text.eps)
             normal_init(self.word_head)
+            if build.load_weights and (published := self.text.word_head_state()):
+                self.word_head.load_state_dict(published)
 
     def encode(self, batch: Batch) -> Encoded:
         image = self.image_tokens(batch["image"])

@@ -21,11 +21,17 @@ from vlx.blocks.logit_scale import LogitScale
 from vlx.core.capability import Capability
 from vlx.core.config import MethodConfig
 from vlx.core.fields import Batch, Needs
-from vlx.core.method import Builder, StepContext, StepOutput, Trainable
+from vlx.core.method import Builder, ParamGroup, StepContext, StepOutput, Trainable
 from vlx.core.paper import Paper
 from vlx.encoders.base import EncoderFeatures
 from vlx.encoders.clip_weights import load_clip
-from vlx.families.dual_encoder import PAIR_FIELDS, JointSpace, Towers, caption_view
+from vlx.families.dual_encoder import (
+    PAIR_FIELDS,
+    JointSpace,
+    Towers,
+    caption_view,
+    exempt_class_tokens,
+)
 from vlx.ops.contrastive import clip_loss
 
 PAPER = Paper(
@@ -90,6 +96,9 @@ class Clip(Trainable):
 
     def after_step(self, ctx: StepContext) -> None:
         self.logit_scale.clamp()
+
+    def param_groups(self) -> list[ParamGroup]:
+        return exempt_class_tokens(super().param_groups())
 
     def exports(self) -> tuple[Capability, ...]:
         joint = JointSpace(self.towers, self.logit_scale)

@@ -29,10 +29,16 @@ from vlx.core.capability import Capability
 from vlx.core.config import MethodConfig
 from vlx.core.errors import ConfigError
 from vlx.core.fields import Batch, Needs
-from vlx.core.method import Builder, StepContext, StepOutput, Trainable
+from vlx.core.method import Builder, ParamGroup, StepContext, StepOutput, Trainable
 from vlx.core.paper import Paper
 from vlx.encoders.base import EncoderFeatures
-from vlx.families.dual_encoder import PAIR_FIELDS, JointSpace, PairTowers, caption_view
+from vlx.families.dual_encoder import (
+    PAIR_FIELDS,
+    JointSpace,
+    PairTowers,
+    caption_view,
+    exempt_class_tokens,
+)
 from vlx.ops.contrastive import distilled_contrast, late_interaction
 from vlx.ops.dist import gather_rows, global_mean, rank, world_size
 from vlx.ops.masked_words import MaskedWords, choose_words
@@ -207,6 +213,9 @@ class Lightclip(Trainable):
     def after_step(self, ctx: StepContext) -> None:
         self.logit_scale.clamp()
         self.token_scale.clamp()
+
+    def param_groups(self) -> list[ParamGroup]:
+        return exempt_class_tokens(super().param_groups())
 
     def exports(self) -> tuple[Capability, ...]:
         return JointSpace(self.towers, self.logit_scale), EncoderFeatures(self.towers.image)
