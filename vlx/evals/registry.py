@@ -17,6 +17,7 @@ EVALUATORS: dict[str, tuple[str, str, str]] = {
     "classification": ("classification", "Classification", "accuracy of a classifier's own head"),
     "base-to-new": ("base_to_new", "BaseToNew", "accuracy on trained and on unseen classes"),
     "channels": ("channels", "ChannelAccuracy", "accuracy with some of the input's channels"),
+    "shifts": ("shifts", "ShiftConsistency", "whether shifted images get the same class"),
     "tokens": ("tokens", "TokenCosts", "GMACs, images/s and memory with fewer tokens"),
     "budgets": ("budgets", "BudgetCurve", "accuracy and cost of one model at each budget"),
     "reconstruction": ("reconstruction", "ReconstructionGrid", "a picture of repainted images"),
