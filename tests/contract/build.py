@@ -11,10 +11,13 @@ from vlx.config.compose import compose
 from vlx.core import registry
 from vlx.core.fields import Batch, Needs
 from vlx.core.method import StepContext, Trainable
+from vlx.data.pipeline import Share
 from vlx.encoders.config import TextConfig
 from vlx.engine.build import builder_of
-from vlx.engine.config import RunConfig
+from vlx.engine.config import Device, LauncherConfig, RunConfig, TrainConfig
 from vlx.engine.load import run_config
+from vlx.engine.parallel import Parallel, StepModule
+from vlx.engine.step import Steps
 from vlx.engine.text import shape_tokenizer
 from vlx.families.classifier import Classifier
 
@@ -87,6 +90,24 @@ def seeded_step(method: Trainable, batch: Batch, step: int = 0, seed: int = 0):
     """One step under the loop's own seeding."""
     torch.manual_seed(seed * 1000 + step)
     return method.step(batch, context(step, seed))
+
+
+def engine_steps(
+    slug: str, method: Trainable, optimizer: torch.optim.Optimizer, share: Share, **kwargs: Any
+) -> Steps:
+    """The engine's step for a method, on the CPU; keywords are fields of `Steps`."""
+    parallel = Parallel(TrainConfig(device=Device.cpu), LauncherConfig())
+    return Steps(
+        method=method,
+        module=StepModule(method),
+        parallel=parallel,
+        optimizer=parallel.accelerator.prepare_optimizer(optimizer),  # type: ignore[arg-type]
+        share=share,
+        seed=0,
+        total_steps=100,
+        steps_per_epoch=10,
+        **({"clip_norm": config(slug).optim.clip_norm} | kwargs),
+    )
 
 
 def smoke_batch(slug: str, **kwargs: Any) -> Batch:

@@ -19,6 +19,7 @@ from tests.contract.build import (
     build,
     config,
     context,
+    engine_steps,
     seeded_step,
     smoke_batch,
 )
@@ -26,12 +27,14 @@ from vlx.config.compose import compose
 from vlx.config.meanings import describe
 from vlx.config.paths import presets
 from vlx.core import registry
-from vlx.core.method import StepOutput, Trainable
+from vlx.core.method import Trainable
+from vlx.data.pipeline import Share
 from vlx.engine.checkpoint import Snapshot, load, load_optimizer, optimizer_tensors, save
 from vlx.engine.ema import Ema
 from vlx.engine.load import run_config
 from vlx.engine.optim import build_optimizer
 from vlx.engine.rundir import config_hash
+from vlx.engine.step import total
 
 SLUGS = sorted(registry.papers())
 GOLDEN = ROOT / "tests" / "golden"
@@ -43,22 +46,16 @@ def waived(slug: str, check: str) -> str | None:
     return dict(registry.papers()[slug].waive).get(check)
 
 
-def total(out: StepOutput) -> torch.Tensor:
-    return torch.stack([loss.float() for loss in out.losses.values()]).sum()
-
-
-def train(method: Trainable, batches: list, optimizer, first_step: int = 0, ema=None) -> list:
-    """Plain updates under the loop's seeding; returns the losses."""
+def train(slug: str, method: Trainable, batches: list, optimizer, first_step=0, ema=None) -> list:
+    """Updates by the engine's own step; returns the losses."""
+    share = Share(len(batches[0]["sample_id"]))
+    steps = engine_steps(slug, method, optimizer, share, average=ema)
     losses = []
     for number, batch in enumerate(batches, start=first_step):
-        optimizer.zero_grad()
-        loss = total(seeded_step(method, batch, number))
-        loss.backward()
-        optimizer.step()
-        method.after_step(context(number))
-        if ema is not None:
-            ema.update()
-        losses.append(loss.item())
+        steps.begin(number)
+        record = steps.gradients(number, iter([batch]))
+        steps.update(number)
+        losses.append(float(total(record.mean_losses())))
     return losses
 
 
@@ -175,7 +172,7 @@ def test_every_trainable_parameter_gets_a_gradient_and_no_frozen_one(slug: str) 
     reached = set()
     for step in range(2):
         optimizer.zero_grad()
-        total(seeded_step(method, smoke_batch(slug, seed=step), step)).backward()
+        total(seeded_step(method, smoke_batch(slug, seed=step), step).losses).backward()
         for name, param in method.named_parameters():
             if param.grad is not None and param.grad.abs().sum() > 0:
                 reached.add(name)
@@ -196,26 +193,6 @@ def test_param_groups_cover_the_trainable_parameters_once(slug: str) -> None:
     assert sorted(grouped) == sorted(trainable)
 
 
-def test_couples_batch_is_honest(slug: str) -> None:
-    """Where samples are not coupled, a batch's loss is the (count-weighted) mean of its halves."""
-    method = build(slug).eval()
-    if type(method).couples_batch:
-        pytest.skip("declared coupled")
-    batch = smoke_batch(slug)
-    size = len(batch["sample_id"])
-    whole = method.step(batch, context())
-    halves = []
-    for offset in (0, size // 2):
-        ctx = context()
-        ctx.sample_offset = offset
-        part = {key: value[offset : offset + size // 2] for key, value in batch.items()}
-        halves.append(method.step(part, ctx))
-    for name, loss in whole.losses.items():
-        counts = [h.metrics.get(f"{name}_count", torch.ones(())) for h in halves]
-        summed = sum(h.losses[name] * c for h, c in zip(halves, counts))
-        torch.testing.assert_close(loss, summed / sum(counts), rtol=1e-4, atol=1e-5)
-
-
 def test_checkpoint_round_trip_continues_bit_for_bit(slug: str, tmp_path: Path) -> None:
     batches = [smoke_batch(slug, seed=s) for s in range(5)]
 
@@ -224,9 +201,9 @@ def test_checkpoint_round_trip_continues_bit_for_bit(slug: str, tmp_path: Path) 
         return method, optimizer_for(slug, method), Ema(method, 0.9)
 
     method, optimizer, ema = fresh()
-    expected = train(method, batches, optimizer, ema=ema)
+    expected = train(slug, method, batches, optimizer, ema=ema)
     first, first_optimizer, first_ema = fresh()
-    train(first, batches[:3], first_optimizer, ema=first_ema)
+    train(slug, first, batches[:3], first_optimizer, ema=first_ema)
     path = save(
         tmp_path,
         Snapshot(
@@ -238,7 +215,7 @@ def test_checkpoint_round_trip_continues_bit_for_bit(slug: str, tmp_path: Path) 
     second.load_state_dict(snapshot.model)
     load_optimizer(second_optimizer, snapshot.optimizer)
     second_ema.load(snapshot.ema)
-    losses = train(second, batches[3:], second_optimizer, first_step=3, ema=second_ema)
+    losses = train(slug, second, batches[3:], second_optimizer, first_step=3, ema=second_ema)
     assert losses == expected[3:]
     for name, value in method.state_dict().items():
         assert torch.equal(value, second.state_dict()[name]), name
@@ -250,7 +227,7 @@ def test_bf16_autocast_stays_finite(slug: str) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = seeded_step(build(slug), smoke_batch(slug))
     assert all(torch.isfinite(loss) for loss in out.losses.values())
-    total(out).backward()
+    total(out.losses).backward()
 
 
 def test_loss_falls_on_a_fixed_batch(slug: str) -> None:
@@ -259,7 +236,7 @@ def test_loss_falls_on_a_fixed_batch(slug: str) -> None:
     optimizer = optimizer_for(slug, method, lr=2e-3)
     batch = smoke_batch(slug)
     for _ in range(30):
-        losses += train(method, [batch], optimizer)
+        losses += train(slug, method, [batch], optimizer)
     assert losses[-1] < losses[0]
 
 
@@ -322,7 +299,7 @@ def test_golden_losses(slug: str, request: pytest.FixtureRequest) -> None:
     """Losses of four smoke steps, as they were when somebody last looked."""
     method = build(slug)
     optimizer = optimizer_for(slug, method)
-    losses = train(method, [smoke_batch(slug, seed=s) for s in range(4)], optimizer)
+    losses = train(slug, method, [smoke_batch(slug, seed=s) for s in range(4)], optimizer)
     file = GOLDEN / f"{slug}.json"
     if request.config.getoption("--write-golden") in (slug, "all"):
         file.parent.mkdir(exist_ok=True)

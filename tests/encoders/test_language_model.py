@@ -151,7 +151,7 @@ def test_gradients_pass_through_frozen_weights() -> None:
     vectors = image(model).requires_grad_()
     x = torch.cat([vectors, model.embed(ids())], dim=1)
     logits = model(x, real_tokens(LENGTHS + IMAGE, IMAGE + LENGTH))
-    caption_loss(logits, ids(), LENGTHS, IMAGE).backward()
+    caption_loss(logits, ids(), LENGTHS, IMAGE)[0].backward()
     assert vectors.grad is not None
     assert (vectors.grad.flatten(1).norm(dim=1) > 0).all()
     assert all(param.grad is None for param in model.parameters())
@@ -163,9 +163,11 @@ def test_caption_loss_equals_that_of_transformers_with_its_labels() -> None:
     labels = torch.full((3, IMAGE + LENGTH), -100)
     labels[:, IMAGE:] = ids().masked_fill(~real[:, IMAGE:], -100)
     expected = model.model(inputs_embeds=x, attention_mask=real.long(), labels=labels).loss
-    assert torch.allclose(caption_loss(model(x, real), ids(), LENGTHS, IMAGE), expected, atol=1e-5)
+    total, count = caption_loss(model(x, real), ids(), LENGTHS, IMAGE)
+    assert torch.allclose(total / count, expected, atol=1e-5)
     late = model(x, real, first=IMAGE - 1)  # one place before the caption is enough
-    assert torch.allclose(caption_loss(late, ids(), LENGTHS, 1), expected, atol=1e-5)
+    total, count = caption_loss(late, ids(), LENGTHS, 1)
+    assert torch.allclose(total / count, expected, atol=1e-5)
 
 
 def test_spec_and_proportions_follow_the_sizes() -> None:

@@ -228,3 +228,17 @@ def test_record_means_over_the_micro_batches_that_report() -> None:
     record.grad_norm = torch.tensor(math.nan)
     assert not record.is_finite(gradients=True)
     assert record.is_finite(gradients=False)
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_accumulated_captions_equal_one_big_batch(accumulate: int, tmp_path: Path) -> None:
+    """Micro-batches hold different numbers of words: the loss divides by those of all."""
+
+    def limber(name: str, *words: str) -> Path:
+        run_dir = make_run(tmp_path, name, *QUICK, "method.dropout=0", *words, slug="limber")
+        assert run_here(run_dir)[0] == 0
+        return run_dir
+
+    whole = limber("whole")
+    parts = limber("parts", f"train.accumulate={accumulate}")
+    assert_close(parts, whole, losses=1e-5, state=1e-3)

@@ -73,6 +73,17 @@ def test_two_processes_train_like_one(whole: Whole, strategy: str, accumulate: i
     assert read_record(two).config_hash == read_record(one).config_hash
 
 
+def test_two_processes_share_the_number_of_words(tmp_path: Path) -> None:
+    """A mean over the words of all captions: processes hold different numbers of them."""
+    words = ("train.steps=6", "eval.at_end=[]", "data.workers=0", "method.dropout=0")
+    made = {}
+    for world in (1, 2):
+        made[world] = make_run(tmp_path, str(world), *words, "launcher=torchrun", slug="limber")
+        relaunch(made[world], launcher__processes=world)
+        execute_world(made[world], world)
+    assert_close(made[2], made[1], losses=LOSSES, state=STATE)
+
+
 @pytest.mark.parametrize(
     ("strategy", "worlds"),
     [("ddp", (2, 2)), ("fsdp", (2, 2)), ("fsdp", (2, 1)), ("fsdp", (1, 2))],

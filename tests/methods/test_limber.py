@@ -75,7 +75,7 @@ def test_the_loss_is_the_language_models_own_on_vectors_built_by_hand() -> None:
     theirs = model(inputs_embeds=x, attention_mask=attention, labels=labels).loss
     out = method.step(batch, context())
     torch.testing.assert_close(out.losses["lm"], theirs, rtol=1e-4, atol=1e-5)
-    assert out.metrics["lm_count"] == (labels != -100).sum()
+    assert method.counts(batch, context())["lm"] == (labels != -100).sum()
     assert places == method.encoder.module.spec.num_patches
 
 

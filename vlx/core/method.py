@@ -42,11 +42,22 @@ class StepContext:
     stage: str = "train"
     generator: torch.Generator | None = None
     """Seeded from (seed, step, rank, micro-batch), on the step's device."""
+    counts: dict[str, Tensor] = field(default_factory=dict)
+    """`Trainable.counts`, mean over the step's micro-batches and processes; set by the loop."""
 
     @property
     def epoch(self) -> float:
         """Epochs done, fractional."""
         return self.step / self.steps_per_epoch
+
+    def mean(self, total: Tensor, name: str, count: Tensor) -> Tensor:
+        """The mean over things whose number differs between batches, as a loss.
+
+        total: sum over this batch's, with gradient; count: their number, which `Trainable.counts`
+        gives under `name`. Divides by the step's count where the loop knows it, so that gradients
+        of micro-batches and processes are those of the whole batch.
+        """
+        return total / self.counts.get(name, count.clamp(min=1))
 
     def uniform(self, like: Tensor, count: int, stream: str) -> Tensor:
         """`(B, count)` float32 in [0, 1), one row per sample of `like (B, ...)`, on its device.
@@ -201,6 +212,15 @@ class Trainable(Method):
     def step(self, batch: Batch, ctx: StepContext) -> StepOutput:
         """Losses of one batch; called through DDP, so everything trained must be used here."""
         raise NotImplementedError
+
+    def counts(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
+        """Scalars: what `step` divides a sum over this batch by, where that differs between batches
+        (words of captions, masked pixels); `ctx.mean` divides.
+
+        Called before the first backward of a step, outside the wrapped module: it reads the batch
+        and draws by sample (`ctx.uniform`), but no parameter and no generator.
+        """
+        return {}
 
     def param_groups(self) -> list[ParamGroup]:
         """Trainable parameters in two groups: biases, norms and other 1-D tensors undecayed."""

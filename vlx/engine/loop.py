@@ -16,20 +16,19 @@ from torch import nn
 
 from vlx.core.errors import ConfigError, DivergedError, Interrupted, nearest
 from vlx.core.fields import Batch
-from vlx.core.method import Coupled, StepContext, Trainable
-from vlx.core.random import step_seed
+from vlx.core.method import Trainable
 from vlx.data.pipeline import TrainPipeline
 from vlx.engine import checkpoint
 from vlx.engine.build import begin_training
 from vlx.engine.config import RunConfig
 from vlx.engine.ema import copy_full
-from vlx.engine.gradient_cache import cached_gradients
 from vlx.engine.nonfinite import Evidence, save_evidence
 from vlx.engine.optim import build_optimizer, layer_scales, peak_lr
 from vlx.engine.parallel import Parallel
 from vlx.engine.record import Clock, StepRecord, sample_hash
 from vlx.engine.schedule import Rates
 from vlx.engine.signals import StopRequest
+from vlx.engine.step import Steps
 from vlx.engine.swad import Swad, averaging
 from vlx.track.base import Track
 from vlx.track.console import ConsoleProgress
@@ -99,25 +98,34 @@ class Trainer:
         prepared = parallel.accelerator.prepare_optimizer(optimizer)
         assert isinstance(prepared, AcceleratedOptimizer)
         self.optimizer = prepared
-        self.params = [param for group in groups for _, param in group.params]
         self.average = averaging(cfg.train, method)
+        self.steps = Steps(
+            method=method,
+            module=self.module,
+            parallel=parallel,
+            optimizer=prepared,
+            share=pipeline.share,
+            seed=cfg.seed,
+            total_steps=total_steps,
+            steps_per_epoch=pipeline.steps_per_epoch,
+            clip_norm=cfg.optim.clip_norm,
+            average=self.average,
+        )
         due = map(self._evaluation_due, range(1, total_steps + 1))
         if cfg.train.swad is not None and not any(due):
             raise ConfigError(
                 f"train.swad: no evaluation within {total_steps} steps: lower eval.every_steps"
             )
-        self._generator = torch.Generator(device=parallel.device)
         self._last_save = self._counted = time.monotonic()
 
     def fit(self) -> None:
         """Train to `total_steps`. Raises `Interrupted` after saving when a signal asks."""
-        train, spe = self.cfg.train, self.pipeline.steps_per_epoch
-        batches = self.pipeline.batches(self.progress.step, self.total_steps)
+        train = self.cfg.train
         clock = Clock(train.batch_size // train.accumulate)
+        batches = clock.timed(self.pipeline.batches(self.progress.step, self.total_steps))
         for step in range(self.progress.step, self.total_steps):
-            if step % spe == 0:
-                self.method.begin_epoch(self._seeded(step, 0))
-            record = self._gradients(step, batches, clock)
+            self.steps.begin(step)
+            record = self._gradients(step, batches)
             done = step + 1
             # One exchange a step: what one process finds, all do.
             bad, stop, due = self.parallel.flags(
@@ -140,69 +148,14 @@ class Trainer:
             if stop:
                 raise Interrupted(f"stopped by {self.hooks.stop.signal_name}")
 
-    def _seeded(self, step: int, micro: int) -> StepContext:
-        """The context of a micro-batch, every generator seeded for it."""
-        seed = step_seed(self.cfg.seed, step, self.parallel.rank, micro)
-        self.parallel.seed(seed)
-        self._generator.manual_seed(seed)
-        return self._context(step, micro)
-
-    def _context(self, step: int, micro: int) -> StepContext:
-        return StepContext(
-            step=step,
-            total_steps=self.total_steps,
-            steps_per_epoch=self.pipeline.steps_per_epoch,
-            seed=self.cfg.seed,
-            sample_offset=self.pipeline.share.offset(micro),
-            generator=self._generator,
-        )
-
-    def _gradients(self, step: int, batches: Iterator[Batch], clock: Clock) -> StepRecord:
-        """Gradients of one step, summed over its micro-batches and clipped."""
-        parallel, accumulate = self.parallel, self.cfg.train.accumulate
+    def _gradients(self, step: int, batches: Iterator[Batch]) -> StepRecord:
+        """Gradients of one step at its rates."""
         self.rates.apply(self.optimizer, step)
-        self.optimizer.zero_grad(set_to_none=True)
-        record = StepRecord()
-        if accumulate > 1 and self.method.couples_batch:
-            self._cached_gradients(step, batches, clock, record)
-        else:
-            for micro in range(accumulate):
-                with clock:
-                    batch = next(batches)
-                ctx = self._seeded(step, micro)
-                with parallel.accumulate_locally(self.module, micro == accumulate - 1):
-                    with parallel.accelerator.autocast():
-                        losses, metrics = self.module(batch, ctx)
-                        total = torch.stack([loss.float() for loss in losses.values()]).sum()
-                    parallel.accelerator.backward(total / accumulate)
-                record.add(batch["sample_id"], losses, metrics)
-        parallel.accelerator.unscale_gradients()
-        self.method.before_update(self._context(step, accumulate - 1))
-        record.grad_norm = parallel.clip(self.params, self.cfg.optim.clip_norm)
-        return record
-
-    def _cached_gradients(
-        self, step: int, batches: Iterator[Batch], clock: Clock, record: StepRecord
-    ) -> None:
-        """All micro-batches as one batch, for a loss that compares samples."""
-        with clock:
-            parts = [next(batches) for _ in range(self.cfg.train.accumulate)]
-        assert isinstance(self.method, Coupled)
-        out = cached_gradients(
-            self.method, self.module, self.parallel, parts, lambda micro: self._seeded(step, micro)
-        )
-        for batch in parts:
-            record.add(batch["sample_id"], out.losses, out.metrics)
+        return self.steps.gradients(step, batches)
 
     def _apply(self, step: int) -> None:
-        """The update, and what follows one: momentum teachers, averages."""
         self.progress.skipped = 0
-        self.optimizer.step()
-        if self.optimizer.step_was_skipped:  # fp16: the scaler found an overflow and halves itself
-            return
-        self.method.after_step(self._context(step, self.cfg.train.accumulate - 1))
-        if self.average is not None:
-            self.average.update()
+        self.steps.update(step)
 
     def _skip(self, step: int, record: StepRecord) -> None:
         """Leave out an update that is not finite; past the limit, keep the evidence and stop."""

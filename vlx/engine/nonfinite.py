@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from vlx.core.errors import CheckpointError, VlxError
-from vlx.core.fields import Batch
 from vlx.core.files import write_json
 from vlx.core.method import StepContext, Trainable
 from vlx.core.random import step_seed
@@ -25,6 +24,7 @@ from vlx.engine import checkpoint
 from vlx.engine.build import begin_training, build_method, build_pipeline, total_steps
 from vlx.engine.config import LauncherConfig, RunConfig
 from vlx.engine.parallel import Parallel
+from vlx.engine.step import mean_counts, total
 from vlx.engine.text import run_tokenizer
 
 FOLDER = "nonfinite"
@@ -101,40 +101,49 @@ def replay(cfg: RunConfig, folder: Path) -> Replay:
         pipeline = build_pipeline(cfg, source, type(method), parallel, tokenizer)
         method.load_state_dict(checkpoint.load(saved).model)
         begin_training(method, cfg.train)
-        found = []
-        for rank in range(evidence.world):
-            pipeline.share = replace(pipeline.share, rank=rank, world=evidence.world)
-            for micro, batch in enumerate(pipeline.batches(evidence.step, evidence.step + 1)):
-                losses = _step(method, batch, (rank, micro), cfg, pipeline, evidence, parallel)
-                found.append(MicroBatch(rank, micro, losses, batch["sample_id"].tolist()))
+        found = _micro_batches(method, cfg, pipeline, evidence, parallel)
         grads = [param.grad for param in method.parameters() if param.grad is not None]
         return Replay(evidence, found, float(nn.utils.get_total_norm(grads)))
     finally:
         parallel.close()
 
 
-def _step(
+def _micro_batches(
     method: Trainable,
-    batch: Batch,
-    place: tuple[int, int],
     cfg: RunConfig,
     pipeline: TrainPipeline,
     evidence: Evidence,
     parallel: Parallel,
-) -> dict[str, float]:
-    """Losses of one micro-batch at `place` (rank, micro); its gradients are added up."""
-    seed = step_seed(cfg.seed, evidence.step, *place)
-    parallel.seed(seed)
-    ctx = StepContext(
-        step=evidence.step,
+) -> list[MicroBatch]:
+    """Every micro-batch of every process, one after the other; gradients are added up."""
+    steps, taken = [], []
+    for rank in range(evidence.world):
+        pipeline.share = replace(pipeline.share, rank=rank, world=evidence.world)
+        for micro, batch in enumerate(pipeline.batches(evidence.step, evidence.step + 1)):
+            steps.append(_context(cfg, pipeline, evidence.step, micro))
+            taken.append((rank, micro, batch))
+    counts = mean_counts(method, [batch for _, _, batch in taken], steps, parallel)
+    found = []
+    for (rank, micro, batch), ctx in zip(taken, steps, strict=True):
+        seed = step_seed(cfg.seed, evidence.step, rank, micro)
+        parallel.seed(seed)
+        ctx.generator = torch.Generator(parallel.device).manual_seed(seed)
+        ctx.counts = counts
+        with parallel.accelerator.autocast():
+            losses = method.step(batch, ctx).losses
+            loss = total(losses)
+        (loss / len(taken)).backward()
+        values = {name: float(value) for name, value in losses.items()}
+        found.append(MicroBatch(rank, micro, values, batch["sample_id"].tolist()))
+    return found
+
+
+def _context(cfg: RunConfig, pipeline: TrainPipeline, step: int, micro: int) -> StepContext:
+    """Of the process whose share the pipeline takes."""
+    return StepContext(
+        step=step,
         total_steps=total_steps(cfg, pipeline.steps_per_epoch),
         steps_per_epoch=pipeline.steps_per_epoch,
         seed=cfg.seed,
-        sample_offset=pipeline.share.offset(place[1]),
-        generator=torch.Generator(parallel.device).manual_seed(seed),
+        sample_offset=pipeline.share.offset(micro),
     )
-    with parallel.accelerator.autocast():
-        losses = method.step(batch, ctx).losses
-        total = torch.stack([loss.float() for loss in losses.values()]).sum()
-    (total / (cfg.train.accumulate * evidence.world)).backward()
-    return {name: float(loss) for name, loss in losses.items()}

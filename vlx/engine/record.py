@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from vlx.core.fields import Batch
 
 
 @dataclass
@@ -61,7 +64,7 @@ def _mean(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 class Clock:
     """Images a second and the share of time spent waiting for data, since the last reading.
 
-    Used as a context around the wait for a batch.
+    Used as a context around the wait for a batch, or by `timed`.
     """
 
     def __init__(self, micro_batch_size: int) -> None:
@@ -72,6 +75,15 @@ class Clock:
     def restart(self) -> None:
         """Count from now: evaluations and checkpoints are no part of the speed."""
         self._start, self._waited, self._batches = time.perf_counter(), 0.0, 0
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches, the wait for each counted."""
+        while True:
+            with self:
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
 
     def __enter__(self) -> None:
         self._entered = time.perf_counter()

@@ -48,18 +48,8 @@ class GroupMasking:
         the others, from their clean view, an alien's rectangles over alien_max. view: its name,
         by which the draws of two views differ.
         """
-        cfg, draws = self.cfg, DRAWS_PER_RECTANGLE * self.cfg.max_rectangles
         u = ctx.uniform(clean, 6, f"{view}/image")
-        alien = u[:, 1] < self.alien_share
-        low = min(0.5, cfg.noise_max)
-        share = low + u[:, 0] * (cfg.noise_max - low)
-        mask = union_mask(
-            ctx.uniform(clean, draws, f"{view}/rectangles"),
-            torch.where(alien, cfg.alien_max, share),
-            self.size,
-            align=cfg.align,
-            largest=cfg.block_max,
-        )
+        mask, alien = self._mask(clean, ctx, view, u)
         normal = ctx.normal(clean, clean[0].numel(), f"{view}/noise")
         fills = torch.stack([fill(clean, normal, u[:, 2:4]) for fill in self.fillers])
         kind = (u[:, 4] * len(self.fillers)).long()
@@ -67,6 +57,27 @@ class GroupMasking:
         other = clean[group_partner(u[:, 5], ctx.sample_offset, ALIEN_GROUP)]
         filled = torch.where(alien[:, None, None, None], other, own)
         return torch.where(mask, filled, clean), mask
+
+    def mask(self, images: Tensor, ctx: StepContext, view: str) -> Tensor:
+        """The mask (B, 1, H, H) alone, which depends on no pixel of `images (B, 3, H, H)`."""
+        return self._mask(images, ctx, view, ctx.uniform(images, 6, f"{view}/image"))[0]
+
+    def _mask(
+        self, images: Tensor, ctx: StepContext, view: str, u: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The mask, and which images (B,) take an alien's pixels; u: (B, 6), drawn."""
+        cfg, draws = self.cfg, DRAWS_PER_RECTANGLE * self.cfg.max_rectangles
+        alien = u[:, 1] < self.alien_share
+        low = min(0.5, cfg.noise_max)
+        share = low + u[:, 0] * (cfg.noise_max - low)
+        mask = union_mask(
+            ctx.uniform(images, draws, f"{view}/rectangles"),
+            torch.where(alien, cfg.alien_max, share),
+            self.size,
+            align=cfg.align,
+            largest=cfg.block_max,
+        )
+        return mask, alien
 
 
 class CorruptedReconstruction(Reconstruction):

@@ -46,8 +46,12 @@ class MultimodalLM(Trainable):
             dim=1,
         )
         logits = self.lm(x, real, first=count - 1)  # (B, 1 + T, V)
-        loss = caption_loss(logits, ids, lengths, 1)
-        return StepOutput({"lm": loss}, {"lm_count": lengths.sum().float()})
+        total, count = caption_loss(logits, ids, lengths, 1)
+        return StepOutput({"lm": ctx.mean(total, "lm", count)})
+
+    def counts(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
+        """Words of the captions, their end tokens among them."""
+        return {"lm": self.words(batch)[1].sum()}
 
     @torch.no_grad()
     def caption(self, images: Tensor, prompt: str, max_new_tokens: int) -> list[str]:

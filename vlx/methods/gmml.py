@@ -31,7 +31,6 @@ from vlx.encoders.base import EncoderFeatures
 from vlx.encoders.init import trunc_normal_vit_init
 from vlx.families.group_masking import CorruptedReconstruction, GroupMasking
 from vlx.ops.augment import ColorJitter, GaussianBlur, HorizontalFlip, RandomResizedCrop
-from vlx.ops.dist import global_mean
 from vlx.ops.gradients import clip_each
 from vlx.ops.targets import masked_l1
 
@@ -99,10 +98,17 @@ class Gmml(Trainable):
         clean = torch.cat(views)  # (2B, 3, H, H)
         corrupted, mask = (torch.cat(parts) for parts in zip(*pairs))
         pred = self.predict(corrupted)
-        total, count = masked_l1(pred, clean, mask | (not self.cfg.drop_only))
-        total, count = total.sum(), count.sum()
-        metrics = {"recon_count": count, "mask_ratio": mask.float().mean()}
-        return StepOutput({"recon": global_mean(total, count)}, metrics)
+        error, count = masked_l1(pred, clean, mask | (not self.cfg.drop_only))
+        recon = ctx.mean(error.sum(), "recon", count.sum())
+        return StepOutput({"recon": recon}, {"mask_ratio": mask.float().mean()})
+
+    def counts(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
+        """Values that the loss is a mean over: three a destroyed pixel."""
+        if not self.cfg.drop_only:
+            every = sum(batch[name].numel() for name in VIEWS)
+            return {"recon": batch[VIEWS[0]].new_tensor(every)}
+        masks = [self.destroy.mask(batch[name], ctx, name) for name in VIEWS]
+        return {"recon": 3 * torch.stack([mask.sum() for mask in masks]).sum()}
 
     def predict(self, corrupted: Tensor) -> Tensor:
         """Pixels (B, 3, H, H) at the encoder's scale, from the mean of the taps, normed once."""

@@ -111,8 +111,13 @@ class Limber(MultimodalLM):
         """Captions as plain text, after the start token where there is one."""
         ids, lengths = batch["text"], batch["text_length"]
         logits = self.lm(self.lm.embed(ids), real_tokens(lengths, ids.shape[1]))
-        loss = caption_loss(logits, ids, lengths, 0)
-        return StepOutput({"lm": loss}, {"lm_count": (lengths - 1).sum().float()})
+        total, count = caption_loss(logits, ids, lengths, 0)
+        return StepOutput({"lm": ctx.mean(total, "lm", count)})
+
+    def counts(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
+        if self.cfg.trains is Trains.language_model:  # nothing stands before a first token
+            return {"lm": (batch["text_length"] - 1).sum()}
+        return super().counts(batch, ctx)
 
     def exports(self) -> tuple[Capability, ...]:
         if self.cfg.trains is Trains.language_model:

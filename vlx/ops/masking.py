@@ -40,12 +40,6 @@ def random_masking(noise: Tensor, mask_ratio: float) -> RandomMask:
     return RandomMask(shuffle[:, :kept], restore, restore >= kept)
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `values` where `mask` (same shape) is True, over the whole batch."""
-    weights = mask.to(values.dtype)
-    return (values * weights).sum() / weights.sum()
-
-
 def batch_keep_indices(mask: Tensor, kept: int) -> Tensor:
     """Indices `(B, kept)` of the visible patches of `mask (B, N)`, in their own order."""
     return torch.argsort(mask.to(torch.uint8), dim=1, stable=True)[:, :kept]

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from vlx.ops.dist import global_mean
 from vlx.ops.tokens import gather_tokens
 
 _NO_TARGET = -100
@@ -29,13 +28,15 @@ def pad_in_front(tokens: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     return gather_tokens(tokens, order), real.gather(1, order)
 
 
-def caption_loss(logits: Tensor, ids: Tensor, lengths: Tensor, prefix: int) -> Tensor:
+def caption_loss(
+    logits: Tensor, ids: Tensor, lengths: Tensor, prefix: int
+) -> tuple[Tensor, Tensor]:
     """Cross-entropy of a causal language model that reads `prefix` places and then a caption.
 
     logits: (B, prefix + T, V); ids: (B, T), padded behind; lengths: (B,) tokens of `ids` that are
     no padding. Each place predicts the next one. Places of the prefix are no targets, nor is
-    padding; the end token is one, even where padding is the same id. Mean over the targets of all
-    processes. Without a prefix the first token is no target, since nothing stands before it.
+    padding; the end token is one, even where padding is the same id. Without a prefix the first
+    token is no target, since nothing stands before it. Returns the sum and the number of targets.
     """
     targets = ids.masked_fill(~real_tokens(lengths, ids.shape[1]), _NO_TARGET)
     if prefix == 0:
@@ -44,4 +45,4 @@ def caption_loss(logits: Tensor, ids: Tensor, lengths: Tensor, prefix: int) -> T
     total = cross_entropy(
         scores.flatten(0, 1).float(), targets.flatten(), ignore_index=_NO_TARGET, reduction="sum"
     )
-    return global_mean(total, (targets != _NO_TARGET).sum())
+    return total, (targets != _NO_TARGET).sum()
