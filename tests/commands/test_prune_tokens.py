@@ -175,8 +175,8 @@ def test_a_plan_that_leaves_no_patch_is_refused() -> None:
             return [LayerTokens(17, 17), LayerTokens(17, 1)]
 
     spec = EncoderSpec(
-        dim=8, depth=2, heads=2, patch_size=2, image_size=8, num_prefix=1, mean=(0, 0, 0),
-        std=(1, 1, 1),
+        dim=8, depth=2, heads=2, patch_size=2, image_size=8, num_prefix=1, class_token=True,
+        mean=(0, 0, 0), std=(1, 1, 1),
     )  # fmt: skip
     with pytest.raises(ConfigError, match="Empties leaves no patch token in layer 1 of 2"):
         check_plan(Empties(), spec)

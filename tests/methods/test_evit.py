@@ -13,7 +13,9 @@ from tests.encoders.test_timm_vit import images_for, make
 from vlx.blocks.vit_block import BlockHook, Signal, Signals
 from vlx.commands.dry_run import measure
 from vlx.core.errors import ConfigError
-from vlx.methods.evit import Evit, EvitConfig, RandomDropping, Reorganization
+from vlx.encoders.build import EncoderBuilder
+from vlx.encoders.config import EncoderConfig
+from vlx.methods.evit import Evit, EvitConfig, RandomDropping, Ranking, Reorganization
 from vlx.ops.token_state import TokenState, start
 
 FUSED = {0.9: (179, 163, 148), 0.8: (159, 129, 105), 0.7: (140, 100, 72), 0.6: (120, 74, 46),
@@ -181,3 +183,11 @@ def test_the_random_baseline_keeps_as_many_in_their_order() -> None:
         torch.testing.assert_close(state.x[sample, 1:], x[sample, 1:][kept])
     plan = RandomDropping(0.7, [3, 6, 9], True).plan(196, 1, 12)
     assert [plan[layer].mlp for layer in (3, 6, 9)] == list(DROPPED[0.7])
+
+
+def test_a_register_is_no_class_token_to_rank_by() -> None:
+    sizes = {"image_size": 32, "patch_size": 8, "dim": 24, "depth": 4, "heads": 3}
+    cfg = EncoderConfig(name="vit_medium_patch16_reg4_gap_256", **sizes)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="ranks by the class token's attention"):
+        Evit(EvitConfig(), EncoderBuilder({"encoder": cfg}, 5))
+    Evit(EvitConfig(ranking=Ranking.random), EncoderBuilder({"encoder": cfg}, 5))

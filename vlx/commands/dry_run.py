@@ -104,7 +104,12 @@ def measure_evaluation(cfg: RunConfig) -> DryRun:
         subject, module = build_subject(cfg, SOME_CLASSES, load_weights=False)
         size = cfg.encoder.image_size
         images = torch.empty(_COUNTED_BATCH, 3, size, size)
-        with _count_tokens(module) as tokens, FlopCounterMode(display=False) as flops:
+        # As in `gmacs`: the counter wants gradients, which cost nothing on meta.
+        with (
+            torch.enable_grad(),
+            _count_tokens(module) as tokens,
+            FlopCounterMode(display=False) as flops,
+        ):
             if subject.has(DualEncoder):
                 subject.get(DualEncoder).joint_image_features(images)
             else:

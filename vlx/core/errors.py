@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -42,6 +43,18 @@ class DivergedError(VlxError):
 
 class Interrupted(Exception):  # noqa: N818 - not an error: the run was asked to stop
     """A signal asked the run to stop; its state was saved."""
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of a library says, its line breaks as spaces; its kind where it says nothing.
+
+    Escape codes of terminals are left out.
+    """
+    words = " ".join(_ESCAPE_CODE.sub("", str(error)).split())
+    return words or type(error).__name__
+
+
+_ESCAPE_CODE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from timm.layers.attention_pool2d import AttentionPool2d, RotAttentionPool2d
 from torch import Tensor, nn
 
 from vlx.blocks.vit_block import BlockHook, TokenReducer, UnsupportedBlock
@@ -25,6 +26,8 @@ class EncoderSpec:
     patch_size: int
     image_size: int
     num_prefix: int
+    class_token: bool
+    """Whether the first prefix token is a class token."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
     side: int | None = None
@@ -131,7 +134,22 @@ class VisionEncoder(nn.Module):
         )
 
     def drop_head_bias(self) -> None:
-        """Make the head a projection without bias, where the model is a plain ViT."""
+        """Make the head a projection without bias.
+
+        CLIP's ResNets keep theirs: the published projection is that of the attention which pools.
+        Raises `ConfigError` for a model whose head is no linear layer.
+        """
+        classifier = self.backbone.get_classifier()  # type: ignore[operator]
+        parts = classifier if isinstance(classifier, tuple) else (classifier,)
+        if isinstance(getattr(self.backbone, "head", None), AttentionPool2d | RotAttentionPool2d):
+            return
+        for part in parts:
+            if not isinstance(part, nn.Linear | nn.Conv2d):
+                raise ConfigError(
+                    f"{type(self.backbone).__name__} ends in a {type(part).__name__}, which cannot "
+                    "be a projection without bias: use a ViT or another model with a linear head"
+                )
+            part.register_parameter("bias", None)
 
     def classify(self, out: EncoderOut) -> Tensor:
         """Class logits (B, C) of an output, by the model's own pooling and head."""

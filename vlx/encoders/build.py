@@ -108,7 +108,7 @@ class EncoderBuilder:
         """The encoder of a role; keywords (`pos_embed="sincos"`) fix what the paper fixes.
 
         num_classes: with a head for so many classes, for `classify`; 0 for none. head_bias: False
-        for a projection, where the model is a plain ViT. arguments: for the model's own
+        for a projection (`VisionEncoder.drop_head_bias`). arguments: for the model's own
         constructor, where it is not a plain ViT. frozen: the method never trains it and loads no
         weights itself, so that random ones are worth a warning; None: so is every role but
         "encoder".

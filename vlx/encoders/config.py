@@ -37,6 +37,9 @@ class EncoderConfig:
     """Per-channel mean of RGB in 0..1; ImageNet's."""
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     """Per-channel standard deviation of RGB in 0..1; ImageNet's."""
+    foreign_statistics: bool = False
+    """Keep mean and std where published weights were trained with others, which is an error
+    otherwise. VL2V-ADiP's code: ImageNet's for every model."""
     pretrained: bool = False
     """Start from timm's published weights of that name; the first use downloads them."""
     checkpoint: str | None = None

@@ -103,6 +103,7 @@ class ConvMae(VisionEncoder):
             patch_size=patch,
             image_size=cfg.image_size,
             num_prefix=0,
+            class_token=False,
             mean=tuple(cfg.mean),
             std=tuple(cfg.std),
         )

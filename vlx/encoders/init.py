@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from timm.layers.attention import Attention
 from torch import nn
 
 from vlx.blocks.init import trunc_normal_init, xavier_init, xavier_init_patch_embed
@@ -36,10 +37,13 @@ def clip_vision_init(encoder: VisionEncoder) -> None:
     for module in vit.modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm):
             module.reset_parameters()
-    for block in vit.blocks:
-        nn.init.xavier_uniform_(block.attn.qkv.weight)  # type: ignore[union-attr, arg-type]
-        for layer in (block.attn.qkv, block.attn.proj):  # type: ignore[union-attr]
-            nn.init.zeros_(layer.bias)  # type: ignore[union-attr, arg-type]
+    for module in vit.blocks.modules():
+        if not isinstance(module, Attention):
+            continue
+        nn.init.xavier_uniform_(module.qkv.weight)
+        for layer in (module.qkv, module.proj):
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
     for token in encoder.prefix_tokens:
         nn.init.normal_(token, std=std)
     if vit.pos_embed is not None and vit.pos_embed.requires_grad:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import timm
+from timm.layers.activations import QuickGELU
 
 from vlx.core.errors import CheckpointError, ConfigError, nearest
 from vlx.encoders.base import VisionEncoder
@@ -36,10 +37,13 @@ def load_published(encoder: VisionEncoder, cfg: EncoderConfig) -> None:
     """Load timm's published weights of `cfg.name`, downloading them on first use.
 
     Raises `ConfigError` when the encoder would see pixels at another scale than they were
-    trained with: a silent fault otherwise. Raises `CheckpointError` where they cannot be fetched.
+    trained with, or compute another activation: silent faults otherwise. Raises
+    `CheckpointError` where they cannot be fetched.
     """
     check_statistics(cfg)
-    log.info(f"weights of {cfg.name}: timm's, fetched where they are not in the cache")
+    check_activation(encoder, cfg)
+    name = _named_by_tag(cfg.name)
+    log.info(f"weights of {name}: timm's, fetched where they are not in the cache")
     # Its ten retries without a network would stand as ten warnings before the one error.
     hub = logging.getLogger("huggingface_hub")
     level = hub.level
@@ -60,13 +64,50 @@ def load_published(encoder: VisionEncoder, cfg: EncoderConfig) -> None:
 
 
 def check_statistics(cfg: EncoderConfig) -> None:
-    """Raise `ConfigError` unless mean and std are those of the published weights."""
+    """Raise `ConfigError` unless mean and std are those of the published weights, or are given
+    on purpose (`foreign_statistics`)."""
     published = timm.get_pretrained_cfg(cfg.name) if timm.is_model(cfg.name) else None
     if published is None or not published.has_weights:
         raise ConfigError(f"encoder.pretrained: timm publishes no weights of {cfg.name}")
+    if cfg.foreign_statistics:
+        return
     for key, own in (("mean", cfg.mean), ("std", cfg.std)):
         wanted = [float(value) for value in getattr(published, key)]
         if any(abs(a - b) > 1e-4 for a, b in zip(own, wanted, strict=True)):
             raise ConfigError(
                 f"{key}={own} is not that of the weights {cfg.name}: set {key}={wanted} beside name"
             )
+
+
+def check_activation(encoder: VisionEncoder, cfg: EncoderConfig) -> None:
+    """Raise `ConfigError` where weights of QuickGELU, as timm's notes say, are for a GELU model.
+
+    CLIP's were trained with `x * sigmoid(1.702 x)`; timm's model without "quickgelu" in its name
+    takes them and computes other features.
+    """
+    published = timm.get_pretrained_cfg(cfg.name)
+    notes = " ".join((published and published.notes) or ())
+    quick = any(isinstance(part, QuickGELU) for part in encoder.backbone.modules())
+    if "QuickGELU" in notes and not quick:
+        model, _, tag = cfg.name.partition(".")
+        twin = model.replace("_clip_", "_clip_quickgelu_")
+        hint = f": set name={twin}{'.' if tag else ''}{tag}" if timm.is_model(twin) else ""
+        raise ConfigError(
+            f"the weights {cfg.name} were trained with QuickGELU and this model computes GELU{hint}"
+        )
+
+
+def _named_by_tag(name: str) -> str:
+    """The name with the tag that timm takes; where it chose among several, a warning says so."""
+    published = timm.get_pretrained_cfg(name)
+    assert published is not None
+    if "." in name or not published.tag:
+        return name
+    tags = [other.split(".", 1)[1] for other in timm.list_pretrained(f"{name}.*")]
+    if len(tags) > 1:
+        log.warning(
+            f"{name} was trained in {len(tags)} ways, and this timm takes {published.tag}: name "
+            f"the one that is meant, encoder.name={name}.{published.tag} or another of "
+            f"{', '.join(tag for tag in tags if tag != published.tag)}"
+        )
+    return f"{name}.{published.tag}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from vlx.blocks.vit_block import BlockHook
 from vlx.core import registry
-from vlx.core.errors import ConfigError, nearest
+from vlx.core.errors import ConfigError, nearest, one_line
 from vlx.encoders.base import EncoderOut, EncoderSpec, VisionEncoder
 from vlx.encoders.config import EncoderConfig
 from vlx.encoders.names import model_names
@@ -36,14 +38,14 @@ class TimmBackbone(VisionEncoder):
         super().__init__()
         self.arguments = {"num_classes": num_classes, **arguments}
         self.model = _create(cfg, **self.arguments)
-        with torch.device("meta"), torch.no_grad():
-            probe = _create(cfg, **self.arguments).eval()
-            images = torch.empty(1, 3, cfg.image_size, cfg.image_size)
-            shape = probe.forward_features(images)  # type: ignore[operator]
-        self.num_prefix = int(getattr(self.model, "num_prefix_tokens", 0))
+        shape = _last_map(cfg, self.arguments)
         self.dim = int(self.model.num_features)  # type: ignore[arg-type]
-        count = _as_tokens(shape, self.dim).shape[1] - self.num_prefix
-        side = round(count**0.5)
+        count = _as_tokens(shape, self.dim).shape[1]
+        side = math.isqrt(count)
+        # Of a square image the patches are a square; some models do not say what else is there.
+        rest = count - side**2
+        self.num_prefix = int(getattr(self.model, "num_prefix_tokens", rest))
+        side = math.isqrt(count - self.num_prefix)
         self.spec = EncoderSpec(
             dim=self.dim,
             depth=0,
@@ -51,6 +53,7 @@ class TimmBackbone(VisionEncoder):
             patch_size=max(1, cfg.image_size // max(1, side)),
             image_size=cfg.image_size,
             num_prefix=self.num_prefix,
+            class_token=_class_tokens(self.model) > 0 or rest > 0,
             mean=tuple(cfg.mean),
             std=tuple(cfg.std),
             side=side,
@@ -101,7 +104,22 @@ class TimmBackbone(VisionEncoder):
         return [int(stage["num_chs"]) for stage in self.model.feature_info]  # type: ignore
 
     def classify(self, out: EncoderOut) -> Tensor:
-        return self.model.forward_head(out.features)  # type: ignore[operator]
+        return _head(self.model, out.features)
+
+
+def _head(model: nn.Module, features: Any) -> Tensor:
+    """timm's pooling and head. Raises `ConfigError` for a model that has none."""
+    try:
+        return model.forward_head(features)  # type: ignore[operator]
+    except NotImplementedError as error:
+        raise ConfigError(
+            f"{type(model).__name__} classifies nothing: {one_line(error)}"
+        ) from error
+
+
+def _class_tokens(model: nn.Module) -> int:
+    tokens = getattr(model, "cls_token", None)
+    return tokens.shape[-2] if isinstance(tokens, Tensor) else 0
 
 
 def _as_tokens(features: Tensor, dim: int) -> Tensor:
@@ -111,6 +129,36 @@ def _as_tokens(features: Tensor, dim: int) -> Tensor:
     if features.ndim == 4 and features.shape[1] == dim:
         return features.flatten(2).transpose(1, 2)
     return features.flatten(1, 2)
+
+
+def _last_map(cfg: EncoderConfig, arguments: dict[str, Any]) -> Tensor:
+    """What the model's `forward_features` makes of one image: its shape alone, on "meta".
+
+    Raises `ConfigError` for a model that cannot classify, or whose features are several maps.
+    """
+    side = cfg.image_size
+    with torch.device("meta"), torch.no_grad():
+        model = _create(cfg, **arguments).eval()
+        try:
+            features = model.forward_features(torch.empty(1, 3, side, side))  # type: ignore[operator]
+            if arguments["num_classes"]:
+                _head(model, features)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"encoder.name={cfg.name} does not take encoder.image_size={side}: "
+                f"{one_line(error)}"
+            ) from error
+    alone = isinstance(features, Tensor) and features.shape[1] == _class_tokens(model)
+    if not isinstance(features, Tensor) or features.ndim not in (3, 4) or alone:
+        kind = "several maps" if isinstance(features, list | tuple) else "no map of patches"
+        raise ConfigError(
+            f"encoder.name={cfg.name} is a {type(model).__name__}, which gives {kind}, and an "
+            "encoder gives one. Use e.g. encoder.name=resnet50 or vit_small_patch16_224"
+        )
+    return features
+
+
+_OPTIONAL = re.compile(r"unexpected keyword argument.*'(img_size|drop_path_rate)'")
 
 
 def _create(cfg: EncoderConfig, **arguments: Any) -> nn.Module:
@@ -126,12 +174,18 @@ def _create(cfg: EncoderConfig, **arguments: Any) -> nn.Module:
         "num_heads": cfg.heads,
     }
     given = {key: value for key, value in sizes.items() if value is not None} | arguments
-    rate = cfg.drop_path
-    try:  # only some models are built for one image size, and only these take it
-        return timm.create_model(cfg.name, img_size=cfg.image_size, drop_path_rate=rate, **given)
-    except TypeError:
-        pass
-    try:
-        return timm.create_model(cfg.name, drop_path_rate=rate, **given)
-    except (TypeError, AssertionError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"encoder.name={cfg.name} does not take {given}: {error}") from error
+    # Only some models are built for one image size or have stochastic depth, and these take it.
+    optional = {"img_size": cfg.image_size, "drop_path_rate": cfg.drop_path}
+    while True:
+        try:
+            return timm.create_model(cfg.name, **optional, **given)
+        except (TypeError, AssertionError, RuntimeError, ValueError, NotImplementedError) as error:
+            unknown = _OPTIONAL.search(str(error))
+            if unknown is None:
+                raise ConfigError(
+                    f"encoder.name={cfg.name} does not take {given}: {one_line(error)}"
+                ) from error
+            if optional.pop(unknown[1]) and unknown[1] == "drop_path_rate":
+                raise ConfigError(
+                    f"encoder.drop_path={cfg.drop_path}: {cfg.name} has no stochastic depth"
+                ) from error

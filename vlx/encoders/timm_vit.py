@@ -8,11 +8,12 @@ from typing import Any
 
 import timm
 import torch
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vlx.blocks.vit_block import BlockHook, TokenReducer, check_blocks, run_blocks
-from vlx.core.errors import ConfigError
+from vlx.core.errors import ConfigError, one_line
 from vlx.encoders.base import EncoderOut, EncoderSpec, VisionEncoder
 from vlx.encoders.config import EncoderConfig, PosEmbed
 from vlx.ops.patches import patchify
@@ -30,16 +31,18 @@ class TimmVit(VisionEncoder):
 
     def __init__(self, cfg: EncoderConfig, num_classes: int = 0) -> None:
         super().__init__()
-        self.vit = _create(cfg, num_classes)
+        self.arguments = create_arguments(cfg, num_classes)
+        """What makes timm build this model again, beside its name."""
+        self.vit = _create(cfg, self.arguments)
         patch = self.vit.patch_embed.patch_size[0]
-        first = self.vit.blocks[0].attn
         self.spec = EncoderSpec(
             dim=self.vit.embed_dim,
             depth=len(self.vit.blocks),
-            heads=int(first.num_heads),  # type: ignore[union-attr, arg-type]
+            heads=_num_heads(self.vit.blocks[0]),
             patch_size=patch,
             image_size=cfg.image_size,
             num_prefix=self.vit.num_prefix_tokens,
+            class_token=self.vit.cls_token is not None,
             mean=tuple(cfg.mean),
             std=tuple(cfg.std),
         )
@@ -59,12 +62,15 @@ class TimmVit(VisionEncoder):
 
     @property
     def prefix_tokens(self) -> tuple[nn.Parameter, ...]:
-        tokens = (self.vit.cls_token, self.vit.reg_token)
+        distillation = (
+            self.vit.dist_token if isinstance(self.vit, VisionTransformerDistilled) else None
+        )
+        tokens = (self.vit.cls_token, distillation, self.vit.reg_token)
         return tuple(token for token in tokens if token is not None)
 
     def layer_depths(self) -> dict[str, int]:
         """The embedding is 0, block i (from 0) is i + 1; the final norm belongs to no layer."""
-        stem = ("patch_embed", "cls_token", "reg_token", "pos_embed", "norm_pre")
+        stem = ("patch_embed", "cls_token", "dist_token", "reg_token", "pos_embed", "norm_pre")
         depths = {f"vit.{name}": 0 for name in stem}
         return depths | {f"vit.blocks.{i}": i + 1 for i in range(self.spec.depth)}
 
@@ -132,12 +138,7 @@ class TimmVit(VisionEncoder):
         check_blocks(self.vit.blocks, type(self.vit).__name__)
 
     def published(self, cfg: EncoderConfig) -> nn.Module:
-        arguments = create_arguments(cfg, self.vit.num_classes)
-        return timm.create_model(cfg.name, pretrained=True, **arguments)
-
-    def drop_head_bias(self) -> None:
-        if isinstance(self.vit.head, nn.Linear):
-            self.vit.head.register_parameter("bias", None)
+        return timm.create_model(cfg.name, pretrained=True, **self.arguments)
 
     def classify(self, out: EncoderOut) -> Tensor:
         """timm's own pooling, norm and head; a mean over patches counts a merged token as many."""
@@ -159,7 +160,10 @@ def is_plain_vit(name: str) -> bool:
 
 
 def create_arguments(cfg: EncoderConfig, num_classes: int = 0) -> dict[str, Any]:
-    """What `timm.create_model(cfg.name, ...)` needs to build this encoder's backbone."""
+    """What `timm.create_model(cfg.name, ...)` needs to build this encoder's backbone.
+
+    Raises `ConfigError` where the model does not take it.
+    """
     sizes: dict[str, Any] = {
         "img_size": cfg.image_size,
         "patch_size": cfg.patch_size,
@@ -170,23 +174,38 @@ def create_arguments(cfg: EncoderConfig, num_classes: int = 0) -> dict[str, Any]
     sizes = {key: value for key, value in sizes.items() if value is not None}
     if num_classes:
         return {"num_classes": num_classes, **sizes}
-    return {"num_classes": 0, "global_pool": "token", **sizes}
+    with torch.device("meta"):  # its own pooling norms every token or leaves that to the head
+        model = _timm_model(cfg.name, sizes)
+    pool = "token" if model.cls_token is not None else ""
+    return {"num_classes": 0, "global_pool": pool, **sizes}
 
 
-def _create(cfg: EncoderConfig, num_classes: int) -> VisionTransformer:
-    arguments = create_arguments(cfg, num_classes)
+def _timm_model(name: str, arguments: dict[str, Any], **more: Any) -> VisionTransformer:
     try:
-        model = timm.create_model(cfg.name, drop_path_rate=cfg.drop_path, **arguments)
+        model = timm.create_model(name, **arguments, **more)
     except (TypeError, AssertionError, RuntimeError) as error:
-        raise ConfigError(f"encoder.name={cfg.name} does not take {arguments}: {error}") from error
+        raise ConfigError(
+            f"encoder.name={name} does not take {arguments}: {one_line(error)}"
+        ) from error
     if not isinstance(model, VisionTransformer) or model.patch_embed.grid_size is None:
         raise ConfigError(
-            f"encoder.name={cfg.name} is a {type(model).__name__}, not a plain ViT. "
+            f"encoder.name={name} is a {type(model).__name__}, not a plain ViT. "
             "Use e.g. encoder.name=vit_small_patch16_224"
         )
+    return model
+
+
+def _create(cfg: EncoderConfig, arguments: dict[str, Any]) -> VisionTransformer:
+    model = _timm_model(cfg.name, arguments, drop_path_rate=cfg.drop_path)
     side = model.patch_embed.patch_size[0]
     if cfg.image_size % side:
         raise ConfigError(
             f"encoder.image_size={cfg.image_size} is not a multiple of the patch size {side}"
         )
     return model
+
+
+def _num_heads(block: nn.Module) -> int:
+    """Of a block's attention, the first one where it has several."""
+    counts = (getattr(part, "num_heads", None) for part in block.modules())
+    return next(int(count) for count in counts if isinstance(count, int))

@@ -119,7 +119,12 @@ def gmacs(forward: Callable[[Tensor], Tensor], side: int, device: torch.device) 
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     image = torch.rand(1, 3, side, side, device=device)
     forward(image)  # a reference model is built, and its map looked at, when it is first asked for
-    with FlopCounterMode(display=False, custom_mapping={kernel: _attention_flops}) as counter:
+    # With gradients: without them the counter's hooks stumble over the view of a parameter that
+    # attention pooling makes its queries of.
+    with (
+        torch.enable_grad(),
+        FlopCounterMode(display=False, custom_mapping={kernel: _attention_flops}) as counter,
+    ):
         forward(image)
     return counter.get_total_flops() / 2e9
 

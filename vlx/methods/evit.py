@@ -109,8 +109,6 @@ class Reorganization(TokenReducer):
                 f"method.reduction_layers={sorted(self.layers)}: the encoder has {depth} layers, "
                 f"0 to {depth - 1}"
             )
-        if num_prefix == 0 and self.keep_rate < 1.0:
-            raise ConfigError("evit ranks by the class token's attention; this encoder has none")
         counts, tokens = [], num_patches
         for layer in range(depth):
             left, kept = tokens, self.num_kept(tokens)
@@ -160,6 +158,9 @@ class Evit(ReducedClassifier):
 
     def build_reducer(self, spec: EncoderSpec) -> Reorganization:
         cfg, layers = self.cfg, self.cfg.reduction_layers
+        ranks = cfg.ranking is Ranking.attention and cfg.keep_rate < 1.0
+        if ranks and not spec.class_token:
+            raise ConfigError("evit ranks by the class token's attention; this encoder has none")
         if layers is None:
             layers = [spec.depth * quarter // 4 for quarter in (1, 2, 3)]
         return REDUCERS[cfg.ranking](cfg.keep_rate, layers, cfg.fuse)
