@@ -196,7 +196,7 @@ def test_attention_pooling_is_counted_without_gradients_of_the_caller() -> None:
     ).vision(num_classes=5)
     with torch.no_grad():
         found = gmacs(lambda x: encoder.classify(encoder(x)), 224, torch.device("cpu"))
-    tokens, dim, hidden = 196, 48, int(48 * 4)
+    tokens, dim, hidden = 196, 48, (48 * 4)
     embedding = tokens * 16 * 16 * 3 * dim
     block = tokens * dim * (4 * dim + 2 * hidden) + 2 * tokens**2 * dim
     pool = dim * (2 * tokens * dim + 2 * dim + 2 * hidden) + 2 * tokens * dim
