@@ -248,9 +248,10 @@ class VisionRetention(VisionTransformer):
     def states(self, x: Tensor) -> list[Tensor]:
         """What every block starts from: zeros (B, H, d, d)."""
         exact = torch.promote_types(x.dtype, torch.float32)
-        blocks = (block.attn for block in self.blocks)
         return [
-            x.new_zeros(len(x), a.num_heads, a.head_dim, a.head_dim, dtype=exact) for a in blocks
+            x.new_zeros(len(x), a.num_heads, a.head_dim, a.head_dim, dtype=exact)
+            for a in self.modules()
+            if isinstance(a, Retention)
         ]
 
     def forward_features(
@@ -269,6 +270,7 @@ class VisionRetention(VisionTransformer):
         states, done = self.states(x), []
         for part in x.split(size, dim=1):
             for number, block in enumerate(self.blocks):
+                assert isinstance(block, RetentionBlock)
                 part, states[number] = block.advance(part, states[number], self.how)
             done.append(part)
         return torch.cat(done, dim=1)
