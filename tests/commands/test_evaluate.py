@@ -188,6 +188,9 @@ def test_features_are_read_again_where_nothing_changed(here: Path, smoke_run: Pa
         file.write_bytes(file.read_bytes()[:100])
     assert (again(5), told(5)) == (first, 0)
     assert (again(6), told(6)) == (first, 2)
+    again(7, "eval.squeeze=true")
+    again(8, "eval.interpolation=bilinear")
+    assert (len(files()), told(7), told(8)) == (8, 0, 0)
 
 
 def test_weights_of_the_checkpoint_are_those_that_were_saved(smoke_run: Path) -> None:

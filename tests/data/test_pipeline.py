@@ -28,6 +28,7 @@ from vlx.core.errors import ConfigError, DataError
 from vlx.core.fields import Batch, Field, Needs, ViewSpec
 from vlx.data.config import DataConfig, Resident
 from vlx.data.open import open_source
+from vlx.data.order import permute
 from vlx.data.pipeline import EvalPipeline, Share, TrainPipeline, probe_sizes
 from vlx.data.source import Sample, SourceInfo
 from vlx.data.views import evaluation_view
@@ -105,19 +106,24 @@ def test_batches_are_the_same_from_any_step_on(
 
 
 def assert_shares_are_the_whole(
-    make: Callable[..., TrainPipeline], world: int, accumulate: int
+    make: Callable[..., TrainPipeline], world: int, accumulate: int, *, spread: bool = False
 ) -> None:
-    """The micro-batches of all processes are the batches of one; make takes a process's share."""
+    """The micro-batches of all processes are the batches of one; make takes a process's share.
+
+    spread: the processes take turns in a micro-batch's samples.
+    """
     expected = list(make().batches(0, 4))
     parts = [
         list(make(rank=r, world=world, accumulate=accumulate).batches(0, 4)) for r in range(world)
     ]
     for step, whole in enumerate(expected):
-        pieces = [
-            parts[r][step * accumulate + micro] for micro in range(accumulate) for r in range(world)
-        ]
         for key, value in whole.items():
-            assert torch.equal(torch.cat([piece[key] for piece in pieces]), value), key
+            micros = [
+                [parts[r][step * accumulate + micro][key] for r in range(world)]
+                for micro in range(accumulate)
+            ]
+            put = [torch.stack(m, 1).flatten(0, 1) if spread else torch.cat(m) for m in micros]
+            assert torch.equal(torch.cat(put), value), key
 
 
 @pytest.mark.parametrize(("world", "accumulate"), [(2, 1), (1, 2), (3, 2)])
@@ -174,7 +180,44 @@ def test_repeats_are_the_same_for_any_split_of_the_batch(
     with_damage: DataConfig, world: int, accumulate: int
 ) -> None:
     cfg = replace(with_damage, repeats=3)
-    assert_shares_are_the_whole(partial(pipeline, cfg, 12), world, accumulate)
+    assert_shares_are_the_whole(partial(pipeline, cfg, 12), world, accumulate, spread=True)
+
+
+def digits(batch_size: int, **share: int) -> TrainPipeline:
+    cfg = config(source="digits", repeats=3, workers=0)
+    return TrainPipeline(
+        open_source(cfg, "train"),
+        CROP_AND_FLIP,
+        cfg=cfg,
+        image_size=8,
+        seed=7,
+        share=Share(batch_size, **share),
+        device=CPU,
+    )
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, 256), (2, 128), (4, 64), (8, 32)])
+def test_processes_share_repeats_as_timm_s_and_deit_s_sampler_does(world: int, micro: int) -> None:
+    from timm.data.distributed_sampler import RepeatAugSampler
+
+    for rank in range(world):
+        line = digits(world * micro, rank=rank, world=world)
+        n = len(line.source)
+        theirs = RepeatAugSampler(
+            range(n), num_replicas=world, rank=rank, shuffle=False, num_repeats=3
+        )
+        for epoch in range(2):
+            steps = range(epoch * line.steps_per_epoch, (epoch + 1) * line.steps_per_epoch)
+            mine = np.concatenate([line.indices(step, 0) for step in steps])
+            order = permute(np.arange(n), n, line.seed, epoch)  # ours in the place of theirs
+            np.testing.assert_array_equal(mine, order[list(theirs)])
+
+
+def test_a_process_of_many_sees_each_sample_once() -> None:
+    """The issue's numbers: 128 different samples of 128, where neighbours would be 43."""
+    for rank in range(8):
+        assert len(np.unique(digits(1024, rank=rank, world=8).indices(0, 0))) == 128
+    assert len(np.unique(digits(128).indices(0, 0))) == 43
 
 
 def test_without_repeats_a_view_is_drawn_from_seed_epoch_and_sample(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from tests.contract.build import NUM_CLASSES, build, config, context, smoke_batch
 from vlx.core.capability import Captioner
 from vlx.core.method import Trainable
+from vlx.data.views import evaluation_view
 from vlx.encoders.config import EncoderConfig
 from vlx.engine.build import builder_of
 from vlx.engine.config import OptimConfig
@@ -48,6 +49,12 @@ def test_the_papers_encoders_give_its_tokens_and_trained_parameters(
         image = method.image_tokens(torch.empty(1, 3, size, size))
     assert trained(method) == expected
     assert image.shape == (1, tokens, 4096)
+
+
+def test_it_trains_on_the_view_that_it_is_evaluated_on() -> None:
+    cfg = config("limber")
+    assert Limber.needs(cfg.method).views == evaluation_view(cfg.eval.crop_ratio).views
+    assert cfg.eval.crop_ratio == 1.0
 
 
 def test_training_moves_the_map_alone() -> None:

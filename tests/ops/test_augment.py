@@ -9,10 +9,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop as TorchvisionCrop
 from torchvision.transforms.v2 import functional as F
 
+from vlx.data.host import collate
+from vlx.data.views import evaluation_view, to_float
 from vlx.ops.augment import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -25,7 +28,9 @@ from vlx.ops.augment import (
     RandomErasing,
     RandomResizedCrop,
     Solarize,
+    Squeeze,
 )
+from vlx.ops.resample import Interpolation
 
 OPS = [
     RandomResizedCrop(),
@@ -36,6 +41,7 @@ OPS = [
     GaussianBlur(),
     Grayscale(p=0.5),
     Solarize(p=0.5),
+    Squeeze(),
 ]
 BATCH = 6
 
@@ -187,6 +193,49 @@ def test_center_crop_is_the_central_square() -> None:
     x = images(2, 40, 60)
     out = CenterCrop(ratio=0.5)(x, sizes_of(x), uniforms(2, 0), 20)
     torch.testing.assert_close(out, x[:, :, 10:30, 20:40], rtol=0, atol=1e-6)
+
+
+def photos() -> list[np.ndarray]:
+    """(H, W, 3) uint8 of several shapes: smooth, with some noise."""
+    random = np.random.default_rng(0)
+    made = []
+    for height, width in ((75, 50), (40, 61), (33, 33), (300, 200), (20, 90)):
+        y, x = np.mgrid[:height, :width] / 20
+        waves = np.stack([np.sin(x + y), np.cos(x - 2 * y), np.sin(x * y / 9)], axis=2)
+        made.append((waves * 90 + 128 + random.normal(0, 9, waves.shape)).clip(0, 255).astype("u1"))
+    return made
+
+
+@pytest.mark.parametrize("mode", list(Interpolation))
+@pytest.mark.parametrize("size", [16, 48])
+def test_the_squeezed_view_is_timm_s(mode: Interpolation, size: int) -> None:
+    """Of PIL's images, which round to levels between the two directions; in one padded batch."""
+    from timm.data import create_transform
+
+    theirs = create_transform(
+        (3, size, size),
+        interpolation=mode.name,
+        crop_pct=1.0,
+        crop_mode="squash",
+        normalize=False,
+    )
+    (view,) = evaluation_view(squeeze=True, interpolation=mode).views
+    host = collate(photos(), [0] * 5, range(5), [], None)
+    out = view.ops[0](to_float(host.images), host.sizes, uniforms(5, 0), size)
+    for mine, photo in zip(out, photos()):
+        wanted = torch.as_tensor(theirs(Image.fromarray(photo))).float() / 255
+        assert (mine - wanted).abs().max() < 1.6 / 255
+
+
+@pytest.mark.parametrize("mode", list(Interpolation))
+def test_squeezed_is_torchvision_s_antialiased_resize(mode: Interpolation) -> None:
+    for photo in photos():
+        x = torch.from_numpy(photo).permute(2, 0, 1)[None].float() / 255
+        out = Squeeze(mode)(x, sizes_of(x), uniforms(1, 0), 32)
+        filters = {Interpolation.bilinear: F.InterpolationMode.BILINEAR}
+        filters[Interpolation.bicubic] = F.InterpolationMode.BICUBIC
+        wanted = F.resize(x, [32, 32], interpolation=filters[mode], antialias=True)
+        torch.testing.assert_close(out, wanted.clamp(0, 1), rtol=0, atol=2e-6)
 
 
 # --- flips

@@ -36,6 +36,8 @@ _EVALUATION_KEYS = (
     "data",
     "eval.batch_size",
     "eval.crop_ratio",
+    "eval.squeeze",
+    "eval.interpolation",
     "eval.speed_batches",
     "eval.templates",
     "eval.template_list",

@@ -64,8 +64,9 @@ class DataConfig:
     resident_limit_mb: int = 2048
     """The most that `resident: auto` may take, in MiB."""
     repeats: int = 1
-    """Times that a sample is augmented in an epoch, next to each other; the epoch keeps its length
-    and sees as many times fewer samples (Hoffer 2020). DeiT: 3."""
+    """Times that a sample is augmented in an epoch, in one batch; the epoch keeps its length and
+    sees as many times fewer samples (Hoffer 2020). The copies go to different processes where there
+    are several, as DeiT's. DeiT: 3."""
     balance_domains: bool = False
     """Every batch holds equally many samples of each domain; smaller domains are gone through more
     often. An unreadable sample's stand-in may be of another domain."""

@@ -48,9 +48,9 @@ def repeated(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sample indices and copy numbers 0..repeats-1 at `positions (K,)`, both int64.
 
-    Repeated augmentation (Hoffer 2020) as DeiT orders it: an epoch of n positions has `repeats`
-    copies of each of its first n / repeats samples, next to each other, so that a global batch
-    holds all copies of nearly all of its samples. 1 is `permute`.
+    Repeated augmentation (Hoffer 2020): an epoch of n positions has `repeats` copies of each of its
+    first n / repeats samples, next to each other, so that a global batch holds all copies of nearly
+    all of its samples; which process takes which is `Share.positions`. 1 is `permute`.
     """
     sample, copy = np.divmod(np.asarray(positions).astype(np.int64), repeats)
     return permute(sample, n, seed, epoch), copy

@@ -62,6 +62,17 @@ class Share:
         """Position in the global batch of this process's micro-batch."""
         return (micro_step * self.world + self.rank) * self.micro
 
+    def positions(self, micro_step: int, *, spread: bool = False) -> np.ndarray:
+        """(micro,) places in the global batch of this process's micro-batch, int64.
+
+        One run of places; or, spread, every `world`-th, as DeiT's sampler hands out repeated
+        samples: copies that lie next to each other come to different processes.
+        """
+        if not spread:
+            return self.offset(micro_step) + np.arange(self.micro)
+        start = micro_step * self.world * self.micro
+        return start + self.rank + self.world * np.arange(self.micro)
+
 
 def check_fields(source: Source, needs: Needs) -> None:
     """Raise `DataError` when the source lacks a field that the method reads, or the pipeline has no
@@ -229,11 +240,11 @@ class TrainPipeline:
     def _order(self, step: int, micro_step: int) -> tuple[np.ndarray, np.ndarray]:
         """Sample indices and copy numbers of one micro-batch of this process."""
         if self.domains:
-            start = step * self.share.batch_size + self.share.offset(micro_step)
-            return balanced(np.arange(start, start + self.share.micro), self.domains, self.seed)
+            positions = step * self.share.batch_size + self.share.positions(micro_step)
+            return balanced(positions, self.domains, self.seed)
         epoch, within = divmod(step, self.steps_per_epoch)
-        start = within * self.share.batch_size + self.share.offset(micro_step)
-        positions = np.arange(start, start + self.share.micro)
+        places = self.share.positions(micro_step, spread=self.cfg.repeats > 1)
+        positions = within * self.share.batch_size + places
         return repeated(positions, len(self.source), self.seed, epoch, self.cfg.repeats)
 
     def _plan(self, start_step: int, total_steps: int) -> Iterator[tuple[int, int]]:

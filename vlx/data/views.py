@@ -7,7 +7,8 @@ from torch import Tensor
 
 from vlx.core import random
 from vlx.core.fields import Batch, Needs, ViewSpec
-from vlx.ops.augment import CenterCrop, HorizontalFlip, RandomCrop
+from vlx.ops.augment import CenterCrop, HorizontalFlip, RandomCrop, Squeeze
+from vlx.ops.resample import Interpolation
 
 # These only move pixels, so they run on uint8: a quarter of the memory traffic of float.
 _PIXEL_MOVES = (RandomCrop, HorizontalFlip)
@@ -53,6 +54,13 @@ def _extent(images: Tensor) -> Tensor:
     return torch.tensor(images.shape[-2:], device=images.device).expand(len(images), 2)
 
 
-def evaluation_view(crop_ratio: float) -> Needs:
-    """The deterministic view that evaluators see: a central square, bicubic."""
-    return Needs(views=(ViewSpec("image", ops=(CenterCrop(ratio=crop_ratio),)),))
+def evaluation_view(
+    crop_ratio: float = 1.0,
+    *,
+    squeeze: bool = False,
+    interpolation: Interpolation = Interpolation.bicubic,
+) -> Needs:
+    """The deterministic view that evaluators see: a central square, or the whole image squeezed
+    into one."""
+    op = Squeeze(interpolation) if squeeze else CenterCrop(crop_ratio, interpolation)
+    return Needs(views=(ViewSpec("image", ops=(op,)),))

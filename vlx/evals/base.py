@@ -26,6 +26,7 @@ from vlx.data.views import evaluation_view
 from vlx.evals.config import EvalConfig
 from vlx.evals.feature_cache import FeatureCache, Tensors
 from vlx.evals.features import Features, extract, in_shares
+from vlx.ops.resample import Interpolation
 
 log = logging.getLogger("vlx")
 C = TypeVar("C", bound=Capability)
@@ -122,7 +123,11 @@ class EvalData:
         """shared: every process reads its share; else all read everything."""
         return EvalPipeline(
             source,
-            evaluation_view(self.cfg.crop_ratio),
+            evaluation_view(
+                self.cfg.crop_ratio,
+                squeeze=self.cfg.squeeze,
+                interpolation=Interpolation[self.cfg.interpolation.name],
+            ),
             cfg=cfg,
             image_size=self.image_size,
             batch_size=self.cfg.batch_size,
@@ -178,7 +183,11 @@ class EvalData:
         info = self.source(split).info
         matters = ("image_column", "label_column", "max_pixels", "max_side")
         keys = {key: getattr(self.data, key) for key in matters}
-        view = {"image_size": self.image_size, "crop_ratio": self.cfg.crop_ratio}
+        view = {
+            "image_size": self.image_size,
+            "crop": "squeeze" if self.cfg.squeeze else self.cfg.crop_ratio,
+            "interpolation": self.cfg.interpolation.value,
+        }
         return info.fingerprint, json.dumps([*info.class_names]), json.dumps(keys | view)
 
     def text_features(self, subject: Subject, texts: Sequence[str]) -> Tensor:

@@ -16,6 +16,13 @@ class Templates(Enum):
     imagenet = "imagenet"
 
 
+class Resampling(Enum):
+    """Filters that images are resized by, antialiased; names of `ops.resample.Interpolation`."""
+
+    bilinear = "bilinear"
+    bicubic = "bicubic"
+
+
 @dataclass(kw_only=True)
 class EvalConfig:
     at_end: list[str] = field(default_factory=lambda: ["knn", "linear-probe", "reconstruction"])
@@ -32,6 +39,11 @@ class EvalConfig:
     """Images (or texts) at a time."""
     crop_ratio: float = 1.0
     """Side of the central square taken, as a share of the short side. ImageNet practice: 0.875."""
+    squeeze: bool = False
+    """Resize the whole image to a square in the place of a crop; `crop_ratio` is then without
+    effect."""
+    interpolation: Resampling = Resampling.bicubic
+    """Filter that crop or image is resized by: bicubic or bilinear."""
     speed_batches: list[int] = field(default_factory=lambda: [32])
     """Batch sizes at which `tokens` measures images/s; [] measures none."""
     templates: Templates = Templates.simple

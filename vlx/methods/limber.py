@@ -87,7 +87,7 @@ class Limber(MultimodalLM):
     def needs(cls, cfg: LimberConfig) -> Needs:
         if cfg.trains is Trains.language_model:
             return Needs(views=(), fields=PAIR_FIELDS)
-        return Needs(views=(ViewSpec("image", ops=(CenterCrop(),)),), fields=PAIR_FIELDS)
+        return Needs(views=(ViewSpec("image", ops=(CenterCrop(ratio=1.0),)),), fields=PAIR_FIELDS)
 
     @property
     def lm(self) -> LanguageModel:

@@ -121,6 +121,18 @@ class CenterCrop:
 
 
 @dataclass(frozen=True)
+class Squeeze:
+    """The whole image, resized to a square: nothing is cut, and its sides' ratio is lost."""
+
+    interpolation: Interpolation = Interpolation.bicubic
+    draws: int = 0
+
+    def __call__(self, images: Tensor, sizes: Tensor, u: Tensor, size: int) -> Tensor:
+        boxes = torch.cat([torch.zeros_like(sizes), sizes], dim=1)
+        return crop_resize(images, boxes, (size, size), self.interpolation)
+
+
+@dataclass(frozen=True)
 class ColorJitter:
     """Brightness, contrast, saturation and hue, in this order, with probability `p` per sample.
 
