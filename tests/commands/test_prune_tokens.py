@@ -5,20 +5,25 @@ from __future__ import annotations
 import io
 import json
 import logging
+import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from tests.commands.conftest import text_console, text_of
+from tests.data.make import encode
 from vlx import cli
 from vlx.commands import sweep as sweep_module
 from vlx.commands.runs import list_runs
 from vlx.commands.start import Line, over_rates, root_of, start
 from vlx.commands.sweep_file import read_jobs
 from vlx.commands.tables import figure
-from vlx.core.errors import ConfigError
+from vlx.core.errors import ConfigError, DataError
 from vlx.core.results import read_results
+from vlx.data.config import DataConfig
+from vlx.data.open import open_source
 
 SMALL = ("track=none", "train.steps=1", "eval.speed_batches=[2]", "data.workers=0")
 
@@ -190,3 +195,41 @@ def test_a_runs_classifier_is_evaluated_with_its_own_head(here: Path) -> None:
         assert start(Line(command="eval", name=name, overrides=words), text_console()) == 0
     assert read_results(here / "runs/classification").value("classification/top1") == trained
     assert read_results(here / "runs/tokens").value("tokens/top1/reduced") == trained
+
+
+def _digits_as_words(root: Path, names: Sequence[str]) -> str:
+    """The digits as a tree of files, whose classes sort in another order than 0..9."""
+    for split in ("train", "test"):
+        source = open_source(DataConfig(), split)
+        for index in range(len(source)):
+            sample = source.read(index)
+            folder = root / split / names[sample["label"]]
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{index:04d}.png").write_bytes(encode(sample["image"]))
+    return str(root)
+
+
+def test_a_runs_head_is_matched_with_the_classes_by_name(here: Path) -> None:
+    """The same pictures in another order of classes give the same accuracy, not that of chance."""
+    names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    (here / "names.txt").write_text("\n".join(names))
+    named = ("eval.at_end=[classification]", f"data.class_names={here / 'names.txt'}")
+    assert start(line("evit", "name=r", "train.steps=8", *named), text_console()) == 0
+    tree = (
+        "data.source=folder",
+        "data.class_names=null",
+        f"data.path={_digits_as_words(here / 'tree', names)}",
+    )
+    words = [f"encoder.checkpoint={here / 'runs' / 'r'}", "name=c", *tree]
+    assert start(Line(command="eval", name="classification", overrides=words), text_console()) == 0
+    trained, found = (read_results(here / "runs" / name) for name in ("r", "c"))
+    for metric in ("classification/top1", "classification/loss"):
+        value = trained.value(metric)
+        assert value is not None
+        # Batches are cut in another order, which float sums show.
+        assert found.value(metric) == pytest.approx(value, abs=1e-6)
+    for split in ("train", "test"):
+        shutil.move(here / "tree" / split / "nine", here / "tree" / split / "minus one")
+    words[1] = "name=d"
+    with pytest.raises(DataError, match=r"other classes than the run .*missing nine; new minus on"):
+        start(Line(command="eval", name="classification", overrides=words), text_console())

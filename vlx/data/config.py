@@ -48,6 +48,9 @@ class DataConfig:
     """Which data set of a family of them: the class name for torchvision's data sets."""
     download: bool = False
     """Let torchvision download a data set that is not there."""
+    class_names: str | None = None
+    """File of class names, a line each in the order that the classes shall have; where they are not
+    the data's own, line i names class i, or OWN<tab>NAME. null takes the data's own."""
     shots: int | None = None
     """Train on so many samples of every class; null takes all."""
     classes: Classes = Classes.all

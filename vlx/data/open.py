@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 from vlx.core.errors import DataError, nearest
+from vlx.data.class_names import renamed
 from vlx.data.config import DataConfig
 from vlx.data.few_shot import select
 from vlx.data.held_out import HeldOut, split_name, whole_splits
@@ -61,6 +62,8 @@ def open_source(cfg: DataConfig, split: str) -> Source:
     if len(source) == 0:
         raise DataError(f"data: split '{split}' of {cfg.source} at {cfg.path} is empty")
     check_labels(source)
+    if cfg.class_names is not None:
+        source = renamed(source, Path(cfg.class_names).expanduser())
     if split == cfg.test_split and _on_training_data(cfg, source.info):
         log.warning(f"{cfg.path} serves {cfg.train_split} and {split}: scores are on training data")
     return select(source, cfg, split)

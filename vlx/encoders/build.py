@@ -43,7 +43,7 @@ class EncoderBuilder:
     ) -> None:
         self.roles = dict(roles)
         self.num_classes = num_classes
-        self.class_names = class_names
+        self._class_names, self._warned = class_names, False
         self.load_weights = load_weights
         self._text, self._tokenizer = text, tokenizer
 
@@ -52,6 +52,22 @@ class EncoderBuilder:
         encoder = self.roles["encoder"]
         assert encoder is not None
         return encoder.image_size
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of the data, as words; empty where they are not known."""
+        if (
+            self.load_weights
+            and self._class_names
+            and not self._warned
+            and all(n.isdigit() for n in self._class_names)
+        ):
+            self._warned = True
+            log.warning(
+                f"the method reads class names, and these are numbers: "
+                f"{', '.join(self._class_names[:3])}. data.class_names=FILE names the classes"
+            )
+        return self._class_names
 
     @property
     def tokenizer(self) -> Tokenizer:

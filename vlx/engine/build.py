@@ -16,6 +16,7 @@ from vlx.encoders.build import EncoderBuilder
 from vlx.engine.config import RunConfig, TrainConfig
 from vlx.engine.parallel import Parallel
 from vlx.engine.text import shape_tokenizer
+from vlx.evals.class_texts import class_words
 
 SOME_CLASSES = 1000
 """Where the data, and so their number, is not known."""
@@ -64,7 +65,7 @@ def builder_of(
         load_weights,
         text=cfg.text,
         tokenizer=tokenizer,
-        class_names=class_names,
+        class_names=tuple(class_words(class_names)),
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from vlx.core import registry
-from vlx.core.capability import ImageFeatures
+from vlx.core.capability import ImageFeatures, OpenVocabulary
 from vlx.core.errors import (
     EXIT_INTERRUPTED,
     EXIT_OK,
@@ -34,6 +34,7 @@ from vlx.encoders.checkpoint import read_weights
 from vlx.engine import rundir
 from vlx.engine.build import builder_of
 from vlx.engine.checkpoint import weights_checksum
+from vlx.engine.classes import read_classes, reads_head
 from vlx.engine.config import RunConfig
 from vlx.engine.environment import hardware
 from vlx.engine.evaluate import Outcome, run_evaluators
@@ -112,7 +113,8 @@ def _evaluate(run_dir: Path, cfg: RunConfig, parallel: Parallel, record: rundir.
         missing = lacking(evaluator(name), data.source("test"))
         if missing:
             raise DataError(f"{info.name} has no {missing}, which {name} needs")
-    subject, module = build_subject(cfg, info.num_classes, info.class_names)
+    subject, module = _with_classes(cfg, data)
+    info = data.source("test").info
     _check_capabilities(cfg.eval.at_end, subject)
     checksum = weights_checksum(module.state_dict())
     module.to(parallel.device).eval()
@@ -135,6 +137,25 @@ def _evaluate(run_dir: Path, cfg: RunConfig, parallel: Parallel, record: rundir.
         results.hardware = hardware(str(parallel.device), parallel.world)
         results.wall_time_s = round(time.monotonic() - started, 2)
         results.write(run_dir)
+
+
+def _with_classes(cfg: RunConfig, data: EvalData) -> tuple[Subject, nn.Module]:
+    """The subject, its head's classes matched by name with those of the data.
+
+    A model that classifies among any names takes the data's where they are others. Raises
+    `DataError` where a head of other classes would be measured.
+    """
+    info = data.source("test").info
+    trained = read_classes(cfg.encoder.checkpoint)
+    if trained is None or not info.class_names or not reads_head(cfg.eval.at_end):
+        return build_subject(cfg, info.num_classes, info.class_names)
+    names = trained.class_names
+    subject, module = build_subject(cfg, len(names), names)
+    if subject.has(OpenVocabulary) and set(names) != set(info.class_names):
+        return build_subject(cfg, info.num_classes, info.class_names)
+    data.use_classes(names, f"the run {cfg.encoder.checkpoint}")
+    data.source("test")  # refused before anything is computed
+    return subject, module
 
 
 def _identity(

@@ -31,6 +31,7 @@ from vlx.data.training_data import keep_training_data
 from vlx.engine import checkpoint, rundir
 from vlx.engine.adapter import describe, load_adapter, save_adapter
 from vlx.engine.build import build_method, build_pipeline, total_steps
+from vlx.engine.classes import classes_of_checkpoint
 from vlx.engine.config import RunConfig
 from vlx.engine.environment import hardware
 from vlx.engine.evaluate import Outcome, run_evaluators
@@ -136,9 +137,11 @@ class Run:
         cfg, parallel = self.cfg, self.parallel
         snapshot = self._latest()
         source = open_source(cfg.data, cfg.data.train_split)
-        keep_training_data(self.run_dir, source.info, main=parallel.is_main)
         if isinstance(source, Selected) and parallel.is_main:
             write_json(self.run_dir / SPLIT_FILE, source.record())
+        source = classes_of_checkpoint(cfg, source)
+        keep_training_data(self.run_dir, source.info, main=parallel.is_main)
+        self.class_names = source.info.class_names
         tokenizer = make_tokenizer(cfg.text, source, self.run_dir, main=parallel.is_main)
         method = build_method(cfg, source, tokenizer, load_weights=snapshot is None)
         pipeline = build_pipeline(cfg, source, type(method), parallel, tokenizer)
@@ -177,7 +180,7 @@ class Run:
         return trainer, untrained
 
     def _eval_data(self, data: DataConfig) -> EvalData:
-        return EvalData(
+        found = EvalData(
             data,
             self.cfg.eval,
             image_size=self.cfg.encoder.image_size,
@@ -185,6 +188,8 @@ class Run:
             rank=self.parallel.rank,
             world=self.parallel.world,
         )
+        found.use_classes(self.class_names, "the training split")
+        return found
 
     def _latest(self) -> checkpoint.Snapshot | None:
         """The newest good checkpoint; refuses one of another configuration."""

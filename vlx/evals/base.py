@@ -17,6 +17,7 @@ from vlx.core.capability import Capability, DualEncoder, ImageFeatures
 from vlx.core.errors import DataError, VlxError
 from vlx.core.fields import Batch
 from vlx.data.cache import digest
+from vlx.data.class_names import with_classes
 from vlx.data.config import DataConfig
 from vlx.data.open import open_source
 from vlx.data.pipeline import EvalPipeline
@@ -91,6 +92,7 @@ class EvalData:
         world: int = 1,
     ) -> None:
         self.data, self.cfg = data, cfg
+        self._classes: tuple[tuple[str, ...], str] | None = None
         self.image_size, self.device = image_size, device
         self.rank, self.world = rank, world
         self._sources: dict[str, Source] = {}
@@ -102,11 +104,22 @@ class EvalData:
         """Unreadable samples that this process has met."""
         return sum(len(pipeline.bad.reasons) for pipeline in self._pipelines.values())
 
+    def use_classes(self, names: tuple[str, ...], whose: str) -> None:
+        """Number the classes as those of a trained classifier, by name.
+
+        Sources that are opened afterwards raise `DataError` where their classes are others.
+        """
+        self._classes = names, whose
+        self._sources.clear()
+
     def source(self, split: str) -> Source:
         """The source of `train` or `test` (whatever the data set calls them)."""
         if split not in self._sources:
             name = self.data.train_split if split == "train" else self.data.test_split
-            self._sources[split] = open_source(self.data, name)
+            source = open_source(self.data, name)
+            if self._classes is not None and source.info.class_names:
+                source = with_classes(source, *self._classes)
+            self._sources[split] = source
         return self._sources[split]
 
     def pipeline(self, split: str) -> EvalPipeline:

@@ -9,6 +9,7 @@ from vlx.core.capability import OpenVocabulary
 from vlx.data.config import Classes
 from vlx.data.open import open_source
 from vlx.evals.base import EvalData, Evaluation, Subject
+from vlx.evals.class_texts import class_words
 from vlx.evals.classification import count_hits
 from vlx.evals.tokens import Forward
 
@@ -30,7 +31,7 @@ class BaseToNew:
         counted = 0
         for half in (Classes.base, Classes.new):
             source = open_source(replace(data.data, classes=half), data.data.test_split)
-            names = source.info.class_names
+            names = class_words(source.info.class_names)
             forward = Forward(partial(model.logits_of, class_names=names))
             hits = count_hits(forward, data.pipeline_of(source), len(names))
             found[half.name] = float(hits[:, 0].sum() / hits[:, 2].sum())

@@ -14,6 +14,7 @@ import numpy as np
 
 from vlx.core.errors import DataError, nearest
 from vlx.data.captions import Text, as_texts, clean
+from vlx.data.class_names import as_training
 from vlx.data.config import DataConfig
 from vlx.data.content import files_fingerprint
 from vlx.data.labels import class_indices
@@ -224,7 +225,7 @@ def _labels(
     feature = table.features[cfg.label_column]
     values = np.asarray(table[cfg.label_column])
     if isinstance(feature, datasets.ClassLabel):
-        return values.astype(np.int64), tuple(feature.names)
+        return _by_name(cfg, values.astype(np.int64), tuple(feature.names), split)
     if values.ndim != 1 or values.dtype.kind not in "iubUS":
         raise DataError(
             f"data.label_column={cfg.label_column} holds {values.dtype} of shape "
@@ -235,6 +236,21 @@ def _labels(
         with suppress(DataError):  # without a training split, this one numbers its own
             train = np.asarray(_open(cfg.path, cfg.train_split)[0][cfg.label_column])
     return class_indices(values, train, split)
+
+
+def _by_name(
+    cfg: DataConfig, labels: np.ndarray, names: tuple[str, ...], split: str
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels as the training split numbers the same names, which need not be in this order."""
+    import datasets
+
+    if split == cfg.train_split:
+        return labels, names
+    train = None
+    with suppress(DataError):  # without a training split, this one numbers its own
+        train = _open(cfg.path, cfg.train_split)[0].features.get(cfg.label_column)
+    numbered = tuple(train.names) if isinstance(train, datasets.ClassLabel) else ()
+    return as_training(labels, names, numbered, split)
 
 
 def _files(root: Path, split: str) -> list[Path]:

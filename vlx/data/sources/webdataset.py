@@ -15,6 +15,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ import numpy as np
 from vlx.core.errors import DataError, nearest
 from vlx.data.cache import Index, cached_index, digest, pack_names, unpack_name
 from vlx.data.captions import LeftOut, Text, as_texts, clean
+from vlx.data.class_names import as_training, written_names
 from vlx.data.config import DataConfig
 from vlx.data.content import files_fingerprint
 from vlx.data.fetch import fetch_shards, is_remote
@@ -71,7 +73,12 @@ class WebDataset:
             mine = _as_numbers(values)
             labels, names = class_indices(mine, _train_values(cfg, split, mine), split)
             self._labels = np.where(labelled, labels[codes.clip(min=0)], -1)
-            names = _written_names(self._shards[0].parent, len(names)) or names
+            folder = self._shards[0].parent
+            written = written_names(folder, len(names))
+            trained = _train_folder(cfg, folder, split) if written else folder
+            self._labels, names = as_training(
+                self._labels, written or names, written_names(trained, len(names)), split
+            )
         self.info = SourceInfo(
             name=f"{self._shards[0].parent.name}/{self._shards[0].stem}",
             split=split,
@@ -404,11 +411,10 @@ def _train_values(cfg: DataConfig, split: str, mine: np.ndarray) -> np.ndarray:
     return _as_numbers(_index(shards, cfg).meta["values"])
 
 
-def _written_names(folder: Path, count: int) -> tuple[str, ...]:
-    """Class names from `classnames.txt` beside the shards, a line each, where it fits."""
-    for file in (folder / "classnames.txt", folder.parent / "classnames.txt"):
-        if file.is_file():
-            lines = file.read_text(encoding="utf-8").splitlines()
-            if len(lines) >= count:
-                return tuple(lines)
-    return ()
+def _train_folder(cfg: DataConfig, own: Path, split: str) -> Path:
+    """Where the training split's shards lie; without one, this split's own."""
+    if split == cfg.train_split:
+        return own
+    with suppress(DataError):
+        return find_shards(cfg.path, cfg.train_split)[0].parent
+    return own
