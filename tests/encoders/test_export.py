@@ -17,10 +17,12 @@ from vlx.core.errors import ConfigError, VlxError
 from vlx.core.registry import load
 from vlx.encoders.build import EncoderBuilder
 from vlx.encoders.config import EncoderConfig
-from vlx.encoders.export import export_hf, export_timm
+from vlx.encoders.export import EvaluatedView, export_hf, export_timm
 from vlx.encoders.timm_vit import TimmVit
 from vlx.engine.checkpoint import Snapshot, save
 from vlx.engine.load import run_config
+
+VIEW = EvaluatedView(crop_ratio=1.0)
 
 
 def encoder_and_config(name: str = "vit_tiny_patch16_224") -> tuple[TimmVit, EncoderConfig]:
@@ -54,7 +56,7 @@ def test_timm_takes_the_weights_strictly_and_agrees(tmp_path: Path, name: str) -
     import timm
 
     encoder, cfg = encoder_and_config(name)
-    export_timm(encoder, cfg, tmp_path / "out")
+    export_timm(encoder, cfg, tmp_path / "out", VIEW)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     model = timm.create_model(config["architecture"], pretrained=False, **config["model_args"])
     model.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"), strict=True)
@@ -69,7 +71,7 @@ def test_timm_reads_the_directory_by_itself_with_its_statistics(tmp_path: Path) 
     from timm.data.config import resolve_data_config
 
     encoder, cfg = encoder_and_config()
-    export_timm(encoder, cfg, tmp_path / "out")
+    export_timm(encoder, cfg, tmp_path / "out", VIEW)
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     for name, value in encoder.vit.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
@@ -83,7 +85,7 @@ def test_transformers_loads_the_directory_and_agrees(tmp_path: Path) -> None:
     from transformers import AutoImageProcessor, ViTModel
 
     encoder, _ = encoder_and_config()
-    export_hf(encoder, tmp_path / "out")
+    export_hf(encoder, tmp_path / "out", VIEW)
     model, report = ViTModel.from_pretrained(
         tmp_path / "out", add_pooling_layer=False, output_loading_info=True
     )
@@ -110,7 +112,7 @@ def test_transformers_loads_the_directory_and_agrees(tmp_path: Path) -> None:
 def test_what_transformers_cannot_hold_is_refused(tmp_path: Path, name: str, words: str) -> None:
     encoder, _ = encoder_and_config(name)
     with pytest.raises(ConfigError, match=words):
-        export_hf(encoder, tmp_path / "out")
+        export_hf(encoder, tmp_path / "out", VIEW)
     assert not (tmp_path / "out").exists()
 
 

@@ -62,3 +62,14 @@ def _insert(encoder: VisionEncoder, config) -> None:
     inject_adapter_in_model(config, encoder.backbone)
     for name, param in encoder.named_parameters():
         param.requires_grad_(any(mark in name for mark in MARKS))
+
+
+def merge_adapters(encoder: VisionEncoder) -> None:
+    """Put what was inserted into the weights beside which it stands, and take it out."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, part in list(encoder.named_modules()):
+        if isinstance(part, BaseTunerLayer):
+            part.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(encoder.get_submodule(parent), child, part.get_base_layer())

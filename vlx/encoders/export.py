@@ -1,62 +1,142 @@
-"""Encoders as files that timm and transformers load, without either library's help to write."""
+"""Encoders as files that timm and transformers load, with the numbers that `vlx eval` measures."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
+import torch
 from safetensors.torch import save_file
-from timm.models.vision_transformer import VisionTransformer
+from timm.models import save_for_hf
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from vlx.core.errors import ConfigError
 from vlx.core.files import write_json
+from vlx.encoders.base import VisionEncoder
 from vlx.encoders.config import EncoderConfig
-from vlx.encoders.timm_vit import TimmVit, create_arguments
+from vlx.encoders.names import timm_names
+from vlx.encoders.timm_vit import TimmVit
 
 WEIGHTS = "model.safetensors"
+_CHECKED = 4  # random images
+_TOLERANCE = 1e-4
 
 
-def export_timm(encoder: TimmVit, cfg: EncoderConfig, out: Path) -> list[Path]:
+@dataclass(frozen=True)
+class EvaluatedView:
+    """How `vlx eval` makes a square of a picture."""
+
+    crop_ratio: float
+    """Side of the central square by the short side, 0..1."""
+    squeeze: bool = False
+    """Resize the whole picture to a square instead."""
+    interpolation: str = "bicubic"
+
+
+def export_timm(
+    encoder: VisionEncoder,
+    cfg: EncoderConfig,
+    out: Path,
+    view: EvaluatedView,
+    class_names: Sequence[str] = (),
+) -> list[Path]:
     """Write `model.safetensors` and `config.json` in timm's own hub layout.
 
-    `timm.create_model(config["architecture"], **config["model_args"])` takes the weights strictly,
-    and `timm.create_model("local-dir:OUT", pretrained=True)` reads both files.
+    `timm.create_model("local-dir:OUT", pretrained=True)` reads both. The model gives class logits
+    where there are `class_names`, and else what `vlx eval` takes as the features of an image: the
+    mean of the normed patch tokens. Raises `ConfigError` for a model that timm does not have.
     """
-    arguments = create_arguments(cfg)
+    name = cfg.name.split(".")[0]
+    if name not in timm_names():
+        raise ConfigError(f"timm has no {name}, which a method registers: its weights need vlx")
+    model = encoder.backbone if class_names else _with_mean_pooling(encoder, name)
     side = encoder.spec.image_size
-    config = {
-        "architecture": cfg.name.split(".")[0],
-        "num_classes": 0,
-        "num_features": encoder.spec.dim,
-        "global_pool": arguments["global_pool"],
-        "model_args": arguments,
-        "pretrained_cfg": {
-            "input_size": [3, side, side],
-            "fixed_input_size": True,
-            "interpolation": "bicubic",
-            "mean": list(encoder.spec.mean),
-            "std": list(encoder.spec.std),
-            "num_classes": 0,
-            "pool_size": None,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        },
+    data = {
+        "input_size": (3, side, side),
+        "mean": encoder.spec.mean,
+        "std": encoder.spec.std,
+        "interpolation": view.interpolation,
+        "crop_pct": 1.0 if view.squeeze else view.crop_ratio,
+        "crop_mode": "squash" if view.squeeze else "center",
     }
-    return _write(out, encoder.vit.state_dict(), {"config.json": config})
+    labels = {"label_names": list(class_names)} if class_names else {}
+    with _writing(out):
+        save_for_hf(
+            model,
+            str(out),
+            model_config=dict(labels),
+            data_config=data,
+            safe_serialization=True,
+        )
+    return [out / WEIGHTS, out / "config.json"]
 
 
-def export_hf(encoder: TimmVit, out: Path) -> list[Path]:
-    """Write a directory that `transformers.ViTModel.from_pretrained` loads.
+def _with_mean_pooling(encoder: VisionEncoder, name: str) -> nn.Module:
+    """timm's model whose output is the mean of the patch tokens; other models pool so already."""
+    if not isinstance(encoder, TimmVit):
+        return encoder.backbone
+    pooled = {"num_classes": 0, "global_pool": "avg", "fc_norm": False}
+    try:
+        model = timm.create_model(name, **(encoder.arguments | pooled))
+    except AssertionError as error:
+        raise ConfigError(
+            f"timm's {name} cannot pool its patch tokens, whose mean the features are"
+        ) from error
+    state = encoder.vit.state_dict()
+    model.load_state_dict({key: state[key] for key in model.state_dict()})
+    return model
+
+
+def timm_output(out: Path) -> Callable[[Tensor], Tensor]:
+    """What the written model makes of normalised images."""
+    return timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+
+
+def probe(encoder: VisionEncoder) -> Tensor:
+    """Random images in 0..1 on which an export is compared."""
+    side = encoder.spec.image_size
+    return torch.rand(_CHECKED, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def check_alike(written: Tensor, measured: Tensor, kind: str) -> None:
+    """Raise `ConfigError` unless the written model's output is what the run measures.
+
+    Outputs (B, D) of the same images; kind: what the error calls the model.
+    """
+    scale = max(1.0, float(measured.abs().mean()))
+    alike = written.shape == measured.shape
+    if not alike or float((written - measured).abs().max()) > _TOLERANCE * scale:
+        raise ConfigError(
+            f"{kind} as the library runs it gives other numbers than the run: what the method adds "
+            "(fewer tokens, another pooling) cannot go into the library's files"
+        )
+
+
+def export_hf(
+    encoder: TimmVit, out: Path, view: EvaluatedView, class_names: Sequence[str] = ()
+) -> list[Path]:
+    """Write a directory that `transformers.ViTModel.from_pretrained` loads, or with `class_names`
+    `ViTForImageClassification`.
 
     Raises `ConfigError` for a ViT with parts that transformers' ViT lacks. The pooler, which
-    ViTModel has and a pre-trained encoder has not, is left out: pass add_pooling_layer=False.
+    ViTModel has and a pre-trained encoder has not, is left out: pass add_pooling_layer=False. The
+    features that `vlx eval` measures are the mean of the last hidden states of the patches.
     """
     vit, spec = encoder.vit, encoder.spec
     _refuse_what_vit_model_lacks(vit)
+    if class_names and vit.global_pool != "token":
+        raise ConfigError(
+            f"transformers' ViT classifies by its class token, this one by {vit.global_pool}. "
+            "Use --format timm"
+        )
     config = {
-        "architectures": ["ViTModel"],
+        "architectures": ["ViTForImageClassification" if class_names else "ViTModel"],
         "model_type": "vit",
         "hidden_size": spec.dim,
         "num_hidden_layers": spec.depth,
@@ -72,20 +152,46 @@ def export_hf(encoder: TimmVit, out: Path) -> list[Path]:
         "qkv_bias": True,
         "dtype": "float32",
     }
-    side = {"height": spec.image_size, "width": spec.image_size}
-    processor = {
-        "image_processor_type": "ViTImageProcessor",
+    state = hf_state({k: v for k, v in vit.state_dict().items() if not k.startswith("head.")})
+    if class_names:
+        config["id2label"] = {str(number): name for number, name in enumerate(class_names)}
+        config["label2id"] = {name: number for number, name in enumerate(class_names)}
+        state = {f"vit.{key}": value for key, value in state.items()}
+        state |= {f"classifier.{key}": value for key, value in vit.head.state_dict().items()}
+    files = {"config.json": config, "preprocessor_config.json": image_processor(encoder, view)}
+    return write_files(out, state, files)
+
+
+def image_processor(encoder: VisionEncoder, view: EvaluatedView) -> dict[str, Any]:
+    """transformers' CLIPImageProcessor, which crops as `vlx eval` does or squeezes."""
+    spec = encoder.spec
+    square = {"height": spec.image_size, "width": spec.image_size}
+    short = round(spec.image_size / view.crop_ratio)
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
         "do_resize": True,
-        "size": side,
-        "resample": 3,  # bicubic
+        "size": square if view.squeeze else {"shortest_edge": short},
+        "resample": {"bilinear": 2, "bicubic": 3}[view.interpolation],
+        "do_center_crop": not view.squeeze,
+        "crop_size": square,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
         "image_mean": list(spec.mean),
         "image_std": list(spec.std),
     }
-    files = {"config.json": config, "preprocessor_config.json": processor}
-    return _write(out, hf_state(vit.state_dict()), files)
+
+
+def hf_output(out: Path, classifier: bool) -> Callable[[Tensor], Tensor]:
+    """Class logits of normalised images, or the mean of the patches' last hidden states."""
+    from transformers import ViTForImageClassification, ViTModel
+
+    if classifier:
+        logits = ViTForImageClassification.from_pretrained(out).eval()
+        return lambda pixels: logits(pixels).logits
+    model = ViTModel.from_pretrained(out, add_pooling_layer=False).eval()
+    return lambda pixels: model(pixels).last_hidden_state[:, 1:].mean(1)
 
 
 def hf_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -124,13 +230,20 @@ def hf_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _refuse_what_vit_model_lacks(vit: VisionTransformer) -> None:
     block = vit.blocks[0]
+    if not isinstance(block, Block):
+        raise ConfigError(
+            f"transformers' ViTModel has no {type(block).__name__}. Use --format timm"
+        )
     lacking = {
         "no class token": vit.cls_token is None,
         "register tokens": vit.reg_token is not None,
         "no position for the class token": vit.no_embed_class,
         "a norm before the blocks": not isinstance(vit.norm_pre, nn.Identity),
+        "no final norm": isinstance(vit.norm, nn.Identity),
+        "a norm after pooling": not isinstance(vit.fc_norm, nn.Identity),
         "layer scale": not isinstance(block.ls1, nn.Identity),
         "normalised queries": not isinstance(block.attn.q_norm, nn.Identity),  # type: ignore[union-attr]
+        "a distillation token": vit.num_prefix_tokens > 1 and vit.reg_token is None,
         "an activation other than GELU": not isinstance(block.mlp.act, nn.GELU),  # type: ignore[union-attr]
     }
     found = [what for what, present in lacking.items() if present]
@@ -141,14 +254,21 @@ def _refuse_what_vit_model_lacks(vit: VisionTransformer) -> None:
         )
 
 
-def _write(out: Path, state: dict[str, Tensor], files: dict[str, Any]) -> list[Path]:
-    """Weights first, descriptions after them; raises `ConfigError` where OUT cannot be written."""
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Make OUT; raises `ConfigError` where it cannot be written."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise ConfigError(f"cannot write {out}: {error.strerror or error}") from error
+
+
+def write_files(out: Path, state: Mapping[str, Tensor], files: Mapping[str, Any]) -> list[Path]:
+    """Weights first, descriptions after them; raises `ConfigError` where OUT cannot be written."""
+    with _writing(out):
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
         save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
         for name, content in files.items():
             write_json(out / name, json.loads(json.dumps(content)))
-    except OSError as error:
-        raise ConfigError(f"cannot write {out}: {error.strerror or error}") from error
     return [out / WEIGHTS, *(out / name for name in files)]
