@@ -9,8 +9,7 @@ B batch, C channels, m of them used, N patches of a channel, D width.
 `encoder=...` of a plain ViT is the paper's baseline: there the channels left out are set to 0 after
 normalisation and the others are multiplied by C / m, in training and at test time.
 Departures: the frame's images are RGB, so that the paper's sets of 8 and 18 channels need a source
-of their own; the model takes any number (`in_chans`). Test images are the central square, not
-squeezed into one. A dry run counts all channels.
+of their own; the model takes any number (`in_chans`). A dry run counts all channels.
 """
 
 from __future__ import annotations

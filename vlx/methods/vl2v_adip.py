@@ -51,7 +51,7 @@ from vlx.families.dual_encoder import Towers
 from vlx.ops.augment import ColorJitter, Grayscale, HorizontalFlip, RandomResizedCrop
 from vlx.ops.contrastive import mean_of_templates
 from vlx.ops.precision import without_autocast
-from vlx.ops.resample import resize
+from vlx.ops.resample import Interpolation, resize
 
 PAPER = Paper(
     number=42,
@@ -226,7 +226,9 @@ class Vl2vAdip(Trainable):
     @classmethod
     def needs(cls, cfg: Vl2vAdipConfig) -> Needs:
         ops: list[ViewOp] = [
-            RandomResizedCrop(scale=(cfg.crop_scale[0], cfg.crop_scale[1])),
+            RandomResizedCrop(
+                scale=(cfg.crop_scale[0], cfg.crop_scale[1]), interpolation=Interpolation.bilinear
+            ),
             HorizontalFlip(cfg.flip),
         ]
         if cfg.jitter:
