@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import math
+import pickle
+import re
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from vlx.core.errors import CheckpointError
+from vlx.core.errors import CheckpointError, one_line
 from vlx.core.text import Tokenizer
+from vlx.encoders.archives import Hollow, read_archive, tensors_of
 
 log = logging.getLogger("vlx")
 ADAPTER_FILE = "adapter.safetensors"
@@ -34,7 +39,7 @@ _PREFIXES = (
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict of a file or a vlx run directory; pickles are read with `weights_only`.
+    """The state dict of a file or a vlx run directory; nothing that a pickle names is run.
 
     Of a run that kept a moving average, the averaged weights: those that its results are of.
     """
@@ -48,19 +53,39 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"no checkpoint at {path}: give a run directory, .safetensors or .pth"
         )
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"cannot read {file}: {reason}") from error
+    state = _read(file)
     for key in ("model", "state_dict", "teacher"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
+    if isinstance(state, Hollow):  # a script's module
+        state = tensors_of(state)
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise CheckpointError(f"{file} holds no state dict (a mapping of names to tensors)")
     return state
+
+
+def _read(file: Path) -> Any:
+    """What a file holds; nothing that a pickle names is run.
+
+    Raises `CheckpointError` with what the file holds, and how to save its tensors alone.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        if zipfile.is_zipfile(file):
+            return read_archive(file)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.findall(r"GLOBAL ([\w.]+)", str(error))
+        if not named:
+            raise CheckpointError(f"cannot read {file}: torch did not write it") from error
+        raise CheckpointError(
+            f"{file} is a pickle of an old kind that holds {named[0]} beside tensors, and is not "
+            "run: where it was made, save the tensors alone, "
+            "safetensors.torch.save_file(model.state_dict(), FILE)"
+        ) from error
+    except Exception as error:
+        raise CheckpointError(f"cannot read {file}: {one_line(error)}") from error
 
 
 def read_best(run: Path) -> dict[str, Tensor] | None:
