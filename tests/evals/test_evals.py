@@ -16,6 +16,8 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vlx.core.capability import Capability, ClassLogits, ImageFeatures, Reconstruction
 from vlx.core.errors import ConfigError, VlxError
@@ -27,6 +29,7 @@ from vlx.encoders.base import EncoderFeatures
 from vlx.encoders.build import EncoderBuilder
 from vlx.encoders.config import EncoderConfig
 from vlx.engine.evaluate import run_evaluators
+from vlx.evals import knn, probe
 from vlx.evals.base import EvalData, Subject
 from vlx.evals.config import EvalConfig
 from vlx.evals.features import Features, extract
@@ -211,6 +214,57 @@ def test_knn_equals_a_naive_loop(train: Features, test: Features) -> None:
 def test_knn_with_fewer_samples_than_neighbours() -> None:
     train, labels = torch.eye(3), torch.tensor([2, 0, 1])
     assert knn_predict(train, labels, torch.eye(3), 3).tolist() == [2, 0, 1]
+
+
+class Largest(TorchDispatchMode):
+    """Values of the largest tensor that an operation makes."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self.size = max(self.size, tensor.numel())
+        return made
+
+
+def test_knn_in_blocks_equals_the_dense_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knn, "_COLUMNS", 7)
+    draw = torch.Generator().manual_seed(0)
+    train, test = torch.randn(60, 8, generator=draw), torch.randn(30, 8, generator=draw)
+    labels = torch.randint(0, 5, (60,), generator=draw)
+    a, b = (torch.nn.functional.normalize(x.double(), dim=1) for x in (train, test))
+    similarity, index = (b @ a.T).topk(20)
+    votes = torch.zeros(30, 5, dtype=torch.float64)
+    votes.scatter_add_(1, labels[index], (similarity / 0.07).exp())
+    assert torch.equal(knn_predict(train, labels, test, 5), votes.argmax(1))
+
+
+def test_knn_and_probe_never_hold_all_pairs() -> None:
+    """300,000 training rows: all similarities to 1,024 images would be 307 million values."""
+    rows, tests, width = 300_000, 1024, 4
+    draw = torch.Generator().manual_seed(0)
+    train, test = torch.randn(rows, width, generator=draw), torch.randn(tests, width)
+    labels = torch.arange(rows) % 1000
+    with Largest() as knn_s:
+        knn_predict(train, labels, test, 1000)
+    assert knn_s.size <= knn._BLOCK * knn._COLUMNS < rows * tests / 10
+    with Largest() as probe_s, torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe, "MAX_ITERATIONS", 1)
+        fit_logistic(train, labels, 1000)
+    assert probe_s.size <= probe.BLOCK_BYTES // 4 < rows * 1000 / 10
+
+
+def test_probe_in_blocks_is_the_probe(train: Features, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Step by step: nearer to the end rounding grows with the condition of the problem."""
+    monkeypatch.setattr(probe, "MAX_ITERATIONS", 5)
+    x, labels = train.features.double(), train.labels
+    whole = fit_logistic((x - x.mean(0)) / x.std(0), labels, 10)
+    monkeypatch.setattr(probe, "BLOCK_BYTES", 100 * 10 * 8)
+    blocks = fit_logistic((x - x.mean(0)) / x.std(0), labels, 10)
+    for a, b in zip(whole, blocks):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 def test_probe_equals_scikit_learns(train: Features, test: Features) -> None:
