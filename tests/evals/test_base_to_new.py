@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,3 +48,15 @@ def test_each_half_is_classified_among_its_own_names(trained_on: Classes) -> Non
     mean = 2 / (1 / float(base) + 1 / float(new))
     assert found.metrics["harmonic-mean"] == pytest.approx(mean)
     assert found.num_samples == len(labels)
+
+
+def test_classes_of_one_name_are_one_class(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("\n".join("abcda" + "fghij"))
+    model = Always("a")
+    cfg = DataConfig(class_names=str(tmp_path / "names.txt"))
+    data = EvalData(cfg, EvalConfig(), image_size=8, device=torch.device("cpu"))
+    found = BaseToNew().run(Subject("always", (model,)), data)
+    labels = torch.from_numpy(data.source("test").labels())
+    base = ((labels == 0) | (labels == 4)).sum() / (labels < 5).sum()
+    assert set(model.asked) == {tuple("abcd"), tuple("fghij")}
+    assert found.metrics["base"] == pytest.approx(float(base))

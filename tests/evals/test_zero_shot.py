@@ -26,7 +26,7 @@ from vlx.evals.config import EvalConfig, Templates
 from vlx.evals.feature_cache import FeatureCache
 from vlx.evals.ranking import similarity
 from vlx.evals.registry import evaluator
-from vlx.evals.zero_shot import classifier, classify, confusions
+from vlx.evals.zero_shot import classifier, classify, confusions, one_of_equals
 
 
 class Labeller(Twin):
@@ -226,3 +226,26 @@ def test_two_processes_measure_what_one_does(
         assert second == (here, False)  # the main process's files serve both
     assert (tmp_path / "cache0").exists()
     assert not (tmp_path / "cache1").exists()
+
+
+def test_classes_of_equal_texts_are_one_class(caplog: pytest.LogCaptureFixture) -> None:
+    source = Pairs(60, classes=("missile", "b", "c", "missile", "d", "e", "f"))
+    twin = Labeller(source, noise=0.5)
+    data = eval_data(source, templates=Templates.none)
+    found = evaluator("zero-shot").run(Subject("twin", (twin,)), data)
+    scores = scores_of(source, twin)[:, [0, 1, 2, 4, 5, 6]].numpy()
+    own = np.array([0, 1, 2, 0, 3, 4, 5])[source.own]
+    assert found.metrics["top1"] == accuracy_score(own, scores.argmax(1))
+    assert found.metrics["top1"] > 0.9  # a tie was a miss for both
+    assert found.metrics["merged"] == 1
+    assert found.lists["merged-classes"] == [0, 3]
+    assert found.lists["samples-by-class"] == np.bincount(own, minlength=6).tolist()
+    assert "classes of equal texts count as one: missile (0 and 3)" in caplog.text
+
+
+def test_open_clips_imagenet_names_hold_two_names_twice() -> None:
+    names = class_words(ImageNetInfo().label_names())
+    merged, left, of_class = one_of_equals(names, eval_data(Pairs(4)))
+    assert merged == [(657, 744), (836, 837)]
+    assert len(left) == 998
+    assert [left[place] for place in of_class] == names

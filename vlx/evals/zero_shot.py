@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -28,7 +29,7 @@ _PANEL = 380
 
 
 class ZeroShot:
-    """Protocol zero-shot@1: the deterministic central view; all readable samples of the test split.
+    """Protocol zero-shot@2: the deterministic central view; all readable samples of the test split.
 
     A class is the mean of its texts' embeddings, each of unit length, brought to unit length
     again (Radford et al. 2021, section 3.1.4). Its texts are its name in every template of
@@ -36,11 +37,13 @@ class ZeroShot:
     WordNet ids become open_clip's names. An image belongs to the class of the highest cosine
     similarity, summed in float64 and rounded to float32. top1 and top5 (of more than 5 classes)
     are shares of samples, a tie counting as a miss; mean-per-class is the mean of top1 over the
-    classes that have samples.
+    classes that have samples. Classes of equal texts are one class: of open_clip's ImageNet names,
+    `missile` (657, 744) and `sunglasses` (836, 837) stand twice. Where there are such classes,
+    `merged-classes` lists each behind the first of its texts, and `merged` counts them.
     """
 
     name = "zero-shot"
-    version = 1
+    version = 2
     requires = (DualEncoder,)
     needs_labels = True
     needs_captions = False
@@ -49,8 +52,10 @@ class ZeroShot:
     def run(self, subject: Subject, data: EvalData) -> Evaluation:
         info = data.source("test").info
         names = class_words(info.class_names)
+        merged, names, of_class = one_of_equals(names, data)
         classes = classifier(subject, data, names)  # (C, E)
         found = data.joint_features(subject, "test")
+        found = replace(found, labels=of_class.to(found.labels.device)[found.labels])
         place, guess = classify(found.features, classes, found.labels)
         hits = torch.bincount(found.labels[place == 1], minlength=len(names))
         samples = torch.bincount(found.labels, minlength=len(names))
@@ -59,16 +64,41 @@ class ZeroShot:
             metrics["top5"] = (place <= 5).double().mean()
         seen = samples > 0
         metrics["mean-per-class"] = (hits[seen].double() / samples[seen]).mean()
+        equal = {"merged-classes": list(chain(*merged))} if merged else {}
+        if merged:
+            metrics["merged"] = torch.tensor(float(len(merged)))
+            words = [
+                f"{names[of_class[second]]} ({first} and {second})" for first, second in merged
+            ]
+            log.warning(f"zero-shot: classes of equal texts count as one: {', '.join(words)}")
         pairs = confusions(found.labels, guess, len(names))
         if pairs:
             log.info(f"zero-shot, {subject.weights} weights: {_in_words(pairs, names, samples)}")
         return Evaluation(
             metrics={name: float(value) for name, value in metrics.items()},
-            lists={"hits-by-class": hits.tolist(), "samples-by-class": samples.tolist()},
+            units={"merged": "classes"},
+            lists={"hits-by-class": hits.tolist(), "samples-by-class": samples.tolist(), **equal},
             split=f"{info.name}/{info.split}",
             num_samples=len(found.labels),
             pictures=_pictures(data, found, classes, names, guess, pairs),
         )
+
+
+def one_of_equals(
+    names: Sequence[str], data: EvalData
+) -> tuple[list[tuple[int, int]], list[str], Tensor]:
+    """Classes whose texts are equal, made one.
+
+    Returns (first class, class of the same texts) for each that is merged; the names that are
+    left; and (C,) int64: the place among them of each class.
+    """
+    texts = [tuple(own) for own in class_texts(names, data.cfg)]
+    first: dict[tuple[str, ...], int] = {}
+    for number, own in enumerate(texts):
+        first.setdefault(own, number)
+    place = {number: i for i, number in enumerate(first.values())}
+    merged = [(first[own], i) for i, own in enumerate(texts) if first[own] != i]
+    return merged, [names[n] for n in place], torch.tensor([place[first[own]] for own in texts])
 
 
 def classifier(subject: Subject, data: EvalData, names: Sequence[str]) -> Tensor:
