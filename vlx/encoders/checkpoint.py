@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vlx.core.errors import CheckpointError, one_line
+from vlx.core.released import Released
 from vlx.core.text import Tokenizer
 from vlx.encoders.archives import Hollow, read_archive, tensors_of
+from vlx.encoders.released_vit import vit_names
 
 log = logging.getLogger("vlx")
 ADAPTER_FILE = "adapter.safetensors"
@@ -154,7 +157,12 @@ def load_encoder(
     tokenizer: whose ids the token table of a text encoder is for.
     """
     own = encoder.state_dict()
-    state = encoder_state(read_weights(path), set(own))
+    released = read_weights(path)
+    if isinstance(encoder, Released):
+        released = encoder.own_names(released)
+    elif isinstance(encoder, VisionTransformer):
+        released = vit_names(released)
+    state = encoder_state(released, set(own))
     if grid is not None:
         fit_positions(own, state, grid, prefix)
         fit_positions(own, state, grid, prefix, POOLED)

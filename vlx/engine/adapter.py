@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 from vlx.core.errors import CheckpointError
 from vlx.core.files import write_atomic
 from vlx.core.method import Trainable
-from vlx.encoders.checkpoint import ADAPTER_FILE
+from vlx.core.released import Released
+from vlx.encoders.checkpoint import ADAPTER_FILE, read_weights
 from vlx.engine.checkpoint import weights_checksum
 
+log = logging.getLogger("vlx")
 _SHOWN = 4
 
 
@@ -77,6 +80,9 @@ def load_adapter(path: str, method: nn.Module, *, slug: str) -> None:
         raise CheckpointError(
             f"no adapter at {file}: a run with a frozen base writes {ADAPTER_FILE}"
         )
+    if isinstance(method, Released) and file.suffix != ".safetensors":
+        _load_released(file, method)
+        return
     try:
         with safe_open(file, "pt") as opened:
             meta = opened.metadata() or {}
@@ -86,6 +92,17 @@ def load_adapter(path: str, method: nn.Module, *, slug: str) -> None:
     own, base = split_state(method, {n: v.cpu() for n, v in method.state_dict().items()})
     if meta.get("method") != slug:
         raise CheckpointError(f"{file} is an adapter of {meta.get('method')}, not of {slug}")
+    _check_fit(file, own, saved)
+    found = weights_checksum(base)
+    if meta.get("base") != found:
+        raise CheckpointError(
+            f"{file} was trained beside the weights {meta.get('base')}; this model's frozen "
+            f"weights are {found}: start from the same encoder.checkpoint or pretrained weights"
+        )
+    method.load_state_dict(saved, strict=False)
+
+
+def _check_fit(file: Path, own: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
     differing = [
         name
         for name in sorted(own.keys() | saved.keys())
@@ -94,10 +111,13 @@ def load_adapter(path: str, method: nn.Module, *, slug: str) -> None:
     if differing:
         shown = ", ".join(differing[:3])
         raise CheckpointError(f"{file} does not fit, nothing was loaded: {len(differing)}: {shown}")
-    found = weights_checksum(base)
-    if meta.get("base") != found:
-        raise CheckpointError(
-            f"{file} was trained beside the weights {meta.get('base')}; this model's frozen "
-            f"weights are {found}: start from the same encoder.checkpoint or pretrained weights"
-        )
+
+
+def _load_released(file: Path, method: nn.Module) -> None:
+    """What the authors of a method published; beside which base they do not say."""
+    assert isinstance(method, Released)
+    saved = method.own_names(read_weights(file))
+    own, _ = split_state(method, method.state_dict())
+    _check_fit(file, own, saved)
     method.load_state_dict(saved, strict=False)
+    log.info(f"{file}: released weights, which do not say beside which frozen ones: set those")

@@ -106,6 +106,14 @@ class ChannelVit(VisionTransformer):
         if self.cls_token is not None:
             trunc_normal_(self.cls_token, std=0.02)
 
+    def own_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The official names are timm's; their projection is a convolution in three dimensions."""
+        key = "patch_embed.proj.weight"
+        return {
+            name: value.squeeze(2) if name.endswith(key) and value.ndim == 5 else value
+            for name, value in state.items()
+        }
+
     def embed(self, x: Tensor, channels: Tensor | None = None) -> Tensor:
         """x: (B, m, H, W), normalised. Returns (B, 1 + m*N, D)."""
         if channels is None:

@@ -32,6 +32,7 @@ from vlx.core.config import ClassPosition, ContextConfig
 from vlx.core.errors import ConfigError
 from vlx.core.method import Builder
 from vlx.core.paper import Paper
+from vlx.core.released import Renames, renamed
 from vlx.families.context_tuning import ContextTuning
 
 PAPER = Paper(
@@ -102,6 +103,14 @@ class Conditional(nn.Module):
         return torch.cat([embed(part) for part in parts])
 
 
+_RELEASED: Renames = (
+    (r"^token_(prefix|suffix)$", None),  # of the class names
+    (r"^ctx$", "context"),
+    (r"^meta_net\.linear1\.", "prompts.meta_net.0."),
+    (r"^meta_net\.linear2\.", "prompts.meta_net.2."),
+)
+
+
 class Coop(ContextTuning):
     Config = CoopConfig
 
@@ -114,6 +123,10 @@ class Coop(ContextTuning):
             )
         else:
             self.prompts = SameForAll()
+
+    def own_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From those of CoOp's and CoCoOp's released prompts."""
+        return renamed(state, _RELEASED)
 
     def text_features(self, image: Tensor, texts: ClassTexts) -> Tensor:
         embed = partial(self.embed_names, texts)

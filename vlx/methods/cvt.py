@@ -30,6 +30,7 @@ from vlx.blocks.timm_model import default_cfgs as cfgs_of
 from vlx.core.config import StagesConfig
 from vlx.core.errors import ConfigError
 from vlx.core.paper import Paper
+from vlx.core.released import Renames, renamed
 from vlx.families.backbone import BackboneClassifier, stage_arguments
 from vlx.ops.tokens import map_to_tokens, tokens_to_map
 
@@ -159,6 +160,38 @@ class CvtStage(nn.Module):
         return tokens_to_map(x[:, 1:], size), x[:, :1]
 
 
+_MICROSOFT: Renames = (
+    (r"^stage(\d)\.patch_embed\.", r"stages.\1.embed."),
+    (r"^stage(\d)\.", r"stages.\1."),
+    (r"\.attn\.conv_proj_([qkv])\.conv\.", r".attn.conv_\1.0."),
+    (r"\.attn\.conv_proj_([qkv])\.bn\.", r".attn.conv_\1.1."),
+    (r"\.attn\.proj_([qkv])\.", r".attn.\1."),
+)
+_ROLES = {"query": "q", "key": "k", "value": "v"}
+_HUGGING_FACE: Renames = (
+    (r"^cvt\.", ""),
+    (r"^encoder\.stages\.(\d)\.", r"stages.\1."),
+    (r"\.embedding\.convolution_embeddings\.projection\.", ".embed.proj."),
+    (r"\.embedding\.convolution_embeddings\.normalization\.", ".embed.norm."),
+    (r"\.layers\.(\d+)\.", r".blocks.\1."),
+    (
+        r"\.attention\.attention\.convolution_projection_(\w+)\.convolution_projection\.(\w+)\.",
+        lambda m: f".attn.conv_{_ROLES[m[1]]}.{int(m[2] == 'normalization')}.",
+    ),
+    (
+        r"\.attention\.attention\.projection_(\w+)\.",
+        lambda m: f".attn.{_ROLES[m[1]]}.",
+    ),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"^layernorm\.", "norm."),
+    (r"^classifier\.", "head."),
+)
+
+
 class Cvt(Pyramid):
     """The backbone. embed_dims, depths, num_heads, strides: one entry a stage.
 
@@ -208,6 +241,11 @@ class Cvt(Pyramid):
 
     def no_weight_decay(self) -> set[str]:
         return {f"stages.{len(self.stages) - 1}.cls_token"}
+
+    def own_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From Microsoft's names or Hugging Face's."""
+        theirs = any(".convolution_projection_query." in name for name in state)
+        return renamed(state, _HUGGING_FACE if theirs else _MICROSOFT)
 
     def finish(self, x: Tensor, cls_token: Tensor | None) -> Tensor:
         assert cls_token is not None

@@ -22,6 +22,7 @@ from vlx.core.config import ClipTuningConfig
 from vlx.core.errors import ConfigError
 from vlx.core.method import Builder
 from vlx.core.paper import Paper
+from vlx.core.released import Renames, renamed
 from vlx.families.clip_tuning import PROMPT_STD, ClipTuning
 
 PAPER = Paper(
@@ -95,6 +96,18 @@ class SeparatePrompts(nn.Module):
         return self.vision
 
 
+_RELEASED: Renames = (
+    (r"^prompt_learner\.token_(prefix|suffix)$", None),  # of the class names
+    (r"^(image_encoder|text_encoder)\.|^logit_scale$", None),  # CLIP's own, frozen
+    (r"^prompt_learner\.proj\.", "prompts.couplings.0."),
+    (
+        r"^prompt_learner\.compound_prompt_projections\.(\d+)\.",
+        lambda match: f"prompts.couplings.{int(match[1]) + 1}.",
+    ),
+)
+_FIRST, _DEEP = "prompt_learner.ctx", "prompt_learner.compound_prompts_text."
+
+
 class Maple(ClipTuning):
     Config = MapleConfig
     shards = False
@@ -125,6 +138,14 @@ class Maple(ClipTuning):
             self.prompts = SeparatePrompts(start, nn.init.normal_(vision, std=PROMPT_STD))
         return Sentence(before, ending=cfg.ending)
 
+    def own_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From those of MaPLe's released models: CLIP is left out, the prompts are stacked."""
+        found = renamed(state, _RELEASED)
+        if _FIRST in found:
+            deep = sorted((name for name in found if name.startswith(_DEEP)), key=_number)
+            found["prompts.text"] = torch.stack([found.pop(name) for name in (_FIRST, *deep)])
+        return found
+
     def image_features(self, images: Tensor) -> Tensor:
         tower, vision = self.towers.image, self.prompts()
         # They join the patches after the positions and before the norm that CLIP has there.
@@ -136,6 +157,10 @@ class Maple(ClipTuning):
         text = self.prompts.text
         hook = DeepPrompts(len(self.towers.tokenizer.prefix), text[1:])
         return self.embed_names(texts, text[0], hook=hook)
+
+
+def _number(name: str) -> int:
+    return int(name.rsplit(".", 1)[1])
 
 
 METHOD = Maple

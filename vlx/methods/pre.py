@@ -20,6 +20,7 @@ from vlx.blocks.prompts import ClassTexts
 from vlx.core.config import ContextConfig
 from vlx.core.method import Builder
 from vlx.core.paper import Paper
+from vlx.core.released import Renames, renamed
 from vlx.families.context_tuning import ContextTuning
 from vlx.ops.precision import without_autocast
 
@@ -113,6 +114,15 @@ def make_encoder(cfg: PreConfig, dim: int) -> nn.Module:
     return Residual(network) if cfg.residual else network
 
 
+_RELEASED: Renames = (
+    (r"^token_(prefix|suffix)$", None),  # of the class names
+    (r"^ctx$", "context"),
+    (r"^encoder_network\.lstm_head\.", "encoder.lstm."),
+    (r"^encoder_network\.module\.([3-9])\.", None),  # mlp2: the same layers once more
+    (r"^encoder_network\.module\.", "encoder.inner."),
+)
+
+
 class Pre(ContextTuning):
     Config = PreConfig
 
@@ -124,6 +134,15 @@ class Pre(ContextTuning):
         """The vectors that stand in the text, (M, D) or (C, M, D); no image changes them."""
         with without_autocast(self.context):
             return self.encoder(self.context)
+
+    def own_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From those of PRE's released prompts."""
+        found = renamed(state, _RELEASED)
+        if not isinstance(self.encoder, Residual):
+            return found
+        return {
+            name.replace("encoder.", "encoder.inner.", 1): value for name, value in found.items()
+        }
 
     def text_features(self, image: Tensor, texts: ClassTexts) -> Tensor:
         return self.embed_names(texts, self.prompt())

@@ -32,6 +32,7 @@ from vlx.blocks.timm_model import default_cfgs as cfgs_of
 from vlx.core.config import StagesConfig
 from vlx.core.errors import ConfigError
 from vlx.core.paper import Paper
+from vlx.core.released import Renames, next_stage, renamed
 from vlx.families.backbone import BackboneClassifier, stage_arguments
 from vlx.ops.distance import line_distances, manhattan_distances
 from vlx.ops.tokens import map_to_tokens, tokens_to_map
@@ -252,6 +253,23 @@ class RmtStage(nn.Module):
         return tokens_to_map(x, at.size), None
 
 
+_RELEASED: Renames = (
+    (r"^patch_embed\.proj\.", "stages.0.down."),
+    (r"^layers\.(\d)\.downsample\.reduction\.", next_stage("down.0.")),
+    (r"^layers\.(\d)\.downsample\.norm\.", next_stage("down.1.")),
+    (r"\.Relpos\.", None),  # made anew from the sizes
+    (r"^layers\.(\d)\.", r"stages.\1."),
+    (r"\.retention_layer_norm\.", ".norm1."),
+    (r"\.final_layer_norm\.", ".norm2."),
+    (r"\.retention\.([qkv])_proj\.", r".attn.\1."),
+    (r"\.retention\.out_proj\.", ".attn.proj."),
+    (r"\.retention\.lepe\.conv\.", ".attn.lepe."),
+    (r"\.ffn\.dwconv\.conv\.", ".ffn.conv."),
+    (r"\.pos\.conv\.", ".pos."),
+    (r"\.gamma_([12])$", r".gamma\1"),
+)
+
+
 class Rmt(Pyramid):
     """The backbone; sequences have one entry a stage. `forward_features` gives (B, C, h, w).
 
@@ -308,6 +326,14 @@ class Rmt(Pyramid):
         self.norm = nn.BatchNorm1d(projection)
         self.head = self.make_head(num_classes)
         trunc_normal_init(self)  # over the attention's own Xavier gain, as in the released code
+
+    def own_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From the official names."""
+        found = renamed(state, _RELEASED)
+        for name, value in found.items():
+            if ".gamma" in name:
+                found[name] = value.reshape(1, 1, -1)
+        return found
 
     def finish(self, x: Tensor, cls_token: Tensor | None) -> Tensor:
         return x

@@ -32,6 +32,7 @@ from vlx.core.config import ClassifierConfig
 from vlx.core.errors import ConfigError
 from vlx.core.method import Builder
 from vlx.core.paper import Paper
+from vlx.core.released import Renames, next_stage, renamed
 from vlx.encoders.base import EncoderFeatures, VisionEncoder
 from vlx.families.classifier import Classifier, Logits
 from vlx.families.token_reduction import AgainstReference
@@ -160,6 +161,22 @@ class Stage(nn.Module):
         return x
 
 
+_RELEASED: Renames = (
+    (r"^patch_embed\.proj\.", "stem."),
+    (r"^layers\.(\d)\.downsample\.proj\.", next_stage("downsample.")),
+    (r"^layers\.(\d)\.", r"stages.\1."),
+    (r"\.attn\.(?:un)?fold\.", None),  # identities
+    (r"\.pos_embed\.conv\.", ".pos_embed."),
+    (r"\.norm1\.norm\.", ".norm1."),
+    (r"\.attn\.stoken_refine\.", ".attn.attention."),
+    (r"\.mlp2\.conv\.conv\.", ".mlp.conv."),
+    (r"\.mlp2\.", ".mlp."),
+    (r"\.gamma_([12])$", r".ls\1.gamma"),
+    (r"^proj\.", "head_conv."),
+    (r"^norm\.", "head_norm."),
+)
+
+
 class SuperTokenVit(nn.Module):
     """The backbone under timm's conventions; lists have one entry a stage.
 
@@ -224,6 +241,14 @@ class SuperTokenVit(nn.Module):
 
     def get_classifier(self) -> nn.Module:
         return self.head
+
+    def own_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From the official names."""
+        found = renamed(state, _RELEASED)
+        for name, value in found.items():
+            if name.endswith(".gamma"):
+                found[name] = value.flatten()
+        return found
 
     def no_weight_decay(self) -> set[str]:
         """Nothing beside what never decays: biases, norms and scales, which are 1-D."""
