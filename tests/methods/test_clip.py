@@ -207,7 +207,7 @@ def test_towers_of_other_kinds_name_the_keys(tmp_path: Path) -> None:
     file = tmp_path / "trunk.pt"
     state = {"visual.trunk.norm.weight": torch.ones(4), "logit_scale": torch.zeros(())}
     torch.save(state, file)
-    with pytest.raises(CheckpointError, match=r"unexpected: visual\.trunk\.norm\.weight"):
+    with pytest.raises(CheckpointError, match=r"unexpected: image\.model\.norm\.weight"):
         clip(ClipConfig(embed_dim=32, weights=str(file)))
 
 

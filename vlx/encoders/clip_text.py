@@ -23,14 +23,22 @@ _HEAD_DIM = 64
 
 
 class ClipText(TextEncoder):
-    """Token and position tables, pre-norm blocks with QuickGELU, a final norm; pooled is the end
-    token, the last that is no padding.
+    """Token and position tables, pre-norm blocks, a final norm; pooled is the end token, the last
+    that is no padding.
 
     causal: every token sees those before it, as published; False lets it see all that are no
-    padding.
+    padding. activation: timm's name of that in the blocks; OpenAI's weights are of quick_gelu,
+    models of open_clip mostly of gelu.
     """
 
-    def __init__(self, cfg: TextConfig, vocab_size: int, *, causal: bool = True) -> None:
+    def __init__(
+        self,
+        cfg: TextConfig,
+        vocab_size: int,
+        *,
+        causal: bool = True,
+        activation: str = "quick_gelu",
+    ) -> None:
         super().__init__()
         dim, depth = cfg.dim or _DIM, cfg.depth or _DEPTH
         heads = cfg.heads or max(1, dim // _HEAD_DIM)
@@ -41,7 +49,7 @@ class ClipText(TextEncoder):
         self.tokens = nn.Embedding(vocab_size, dim)
         self.positions = nn.Parameter(torch.empty(cfg.context_length, dim))
         norm = partial(nn.LayerNorm, eps=1e-5)
-        act = get_act_layer("quick_gelu")
+        act = get_act_layer(activation)
         assert act is not None
         self.blocks = nn.Sequential(
             *(

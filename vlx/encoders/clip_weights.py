@@ -44,6 +44,8 @@ _OPENAI = (
     (r"visual\.proj", "image.vit.head.weight"),
     (r"text_projection", "projection.weight"),
 )
+_TRUNK = "visual.trunk."  # open_clip's for a model of timm
+_TIMM_TOWER = ((r"visual\.head\.proj\.weight", "image.model.head.weight"), *_OPENAI)
 _INSIDE = (
     (r"layer_norm(\d)\.|ln_(\d)\.", r"norm\1\2."),
     (r"self_attn\.out_proj\.|attn\.out_proj\.", "attn.proj."),
@@ -56,29 +58,50 @@ _NOT_WEIGHTS = ("position_ids", "input_resolution", "context_length", "vocab_siz
 
 
 def load_clip(towers: nn.Module, logit_scale: nn.Module, path: str) -> None:
-    """Load both towers and the temperature from Hugging Face's, OpenAI's or vlx's own names.
+    """Load both towers and the temperature from Hugging Face's, OpenAI's, open_clip's or vlx's own
+    names.
 
     The position table of another image size is resampled, a ResNet's of its attention pooling too.
     Raises `CheckpointError` naming the keys that do not fit; nothing is loaded then.
     """
+    own, scale = _opened(towers, path)
+    state = towers.state_dict()
+    spec = towers.image.spec  # type: ignore[union-attr]
+    for key in ("image.vit.pos_embed", "image.model.pos_embed", f"image.model.{POOLED}"):
+        fit_positions(state, own, spec.grid, spec.num_prefix, key)  # type: ignore[arg-type]
+    load_whole(towers, own, path)
+    _set_scale(logit_scale, scale)
+
+
+def load_text_side(towers: nn.Module, logit_scale: nn.Module, path: str) -> None:
+    """Load the text tower, its projection and the temperature alone, from whatever `load_clip`
+    reads; its image tower may be any. Raises as that does."""
+    own, scale = _opened(towers, path)
+    side = nn.ModuleDict({"text": towers.text, "projection": towers.projection})  # type: ignore
+    own = {key: value for key, value in own.items() if key.startswith(("text.", "projection."))}
+    load_whole(side, own, path)
+    _set_scale(logit_scale, scale)
+
+
+def _opened(towers: nn.Module, path: str) -> tuple[dict[str, Tensor], Tensor]:
+    """A file's tensors under the towers' names, and the logarithm of its multiplier."""
     check_tokenizer(towers.tokenizer, path)  # type: ignore[arg-type]
-    backbone = towers.image.backbone  # type: ignore[union-attr]
-    named = _named(path, backbone)  # type: ignore[arg-type]
+    named = _named(path, towers.image.backbone)  # type: ignore[union-attr, arg-type]
     own = {key.removeprefix("towers."): value for key, value in named.items()}
     scale = own.pop("logit_scale", None)
     if scale is None:
         scale = own.pop("logit_scale.log", None)
     if scale is None or not own:
         raise CheckpointError(f"{path} holds no CLIP: no logit_scale, or no towers")
-    state = towers.state_dict()
-    if _TOKENS in state:
-        check_rows(towers.tokenizer, state[_TOKENS], own.get(_TOKENS), path)  # type: ignore[arg-type]
-    spec = towers.image.spec  # type: ignore[union-attr]
-    for key in ("image.vit.pos_embed", f"image.model.{POOLED}"):
-        fit_positions(state, own, spec.grid, spec.num_prefix, key)  # type: ignore[arg-type]
-    load_whole(towers, own, path)
-    with torch.no_grad():
-        logit_scale.log.copy_(scale)  # type: ignore[union-attr, operator]
+    table = towers.state_dict().get(_TOKENS)
+    if table is not None:
+        check_rows(towers.tokenizer, table, own.get(_TOKENS), path)  # type: ignore[arg-type]
+    return own, scale
+
+
+@torch.no_grad()
+def _set_scale(logit_scale: nn.Module, log: Tensor) -> None:
+    logit_scale.log.copy_(log)  # type: ignore[union-attr, operator]
 
 
 def check_tokenizer(tokenizer: Tokenizer, path: str) -> None:
@@ -111,6 +134,8 @@ def _named(path: str | Path, backbone: nn.Module) -> dict[str, Tensor]:
                 "of timm's CLIP ResNets"
             )
         return _resnet(state, backbone)
+    elif any(key.startswith(_TRUNK) for key in state):
+        return _timm_tower(state)
     elif any(key.startswith("visual.") for key in state):
         state = {_renamed(key, _OPENAI): value.float() for key, value in state.items()}
         for key in state.keys() & {"image.vit.head.weight", "projection.weight"}:
@@ -130,6 +155,18 @@ def _resnet(state: dict[str, Tensor], backbone: ByobNet) -> dict[str, Tensor]:
     named |= {_renamed(key, _OPENAI): value for key, value in text.items()}
     named["projection.weight"] = named["projection.weight"].T.contiguous()
     return {key: value.float() for key, value in named.items()}
+
+
+def _timm_tower(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """open_clip's names of a CLIP whose image tower is timm's, with a projection of its own."""
+    named: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if key.startswith(_TRUNK):
+            ours = f"image.model.{key.removeprefix(_TRUNK)}"
+        else:
+            ours = _renamed(key.removeprefix("text."), _TIMM_TOWER)
+        named[ours] = (value.T if ours == "projection.weight" else value).float().contiguous()
+    return named
 
 
 def _renamed(key: str, table: tuple[tuple[str, str], ...]) -> str:

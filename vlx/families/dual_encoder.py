@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from vlx.blocks.vit_block import BlockHook
 from vlx.core.capability import DualEncoder
 from vlx.core.fields import TEXT, TEXT_LENGTH, ViewSpec
 from vlx.core.method import Builder, ParamGroup
+from vlx.encoders.base import VisionEncoder
 from vlx.encoders.init import clip_vision_init
 from vlx.ops.augment import HorizontalFlip, RandomResizedCrop
 from vlx.ops.rand_augment import ALBEF_RANDOM
@@ -77,16 +79,24 @@ class Towers(PairTowers):
     A ViT is read at its class token; other models of timm by their own pooling (CLIP's ResNets:
     attention) and head.
 
-    role: which of the run's encoders the image tower is. Weights of both towers together come from
-    `load_clip`, so that the builder warns of no random ones.
+    role: which of the run's encoders the image tower is. init: of that tower. text: keywords for
+    the text tower, `activation="gelu"`. Weights of both towers together come from `load_clip`, so
+    that the builder warns of no random ones.
     """
 
-    def __init__(self, build: Builder, embed_dim: int, role: str = "encoder") -> None:
+    def __init__(
+        self,
+        build: Builder,
+        embed_dim: int,
+        role: str = "encoder",
+        init: Callable[[VisionEncoder], None] = clip_vision_init,
+        **text: Any,
+    ) -> None:
         super().__init__(build)
         self.image = build.vision(
-            role, init=clip_vision_init, num_classes=embed_dim, head_bias=False, frozen=False
+            role, init=init, num_classes=embed_dim, head_bias=False, frozen=False
         )
-        self.text = build.text()
+        self.text = build.text(**text)
         self.projection = nn.Linear(self.text.pooled_dim, embed_dim, bias=False)
         nn.init.normal_(self.projection.weight, std=self.text.pooled_dim**-0.5)
 

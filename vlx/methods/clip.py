@@ -15,24 +15,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from vlx.blocks.logit_scale import LogitScale
-from vlx.core.capability import Capability
 from vlx.core.config import MethodConfig
-from vlx.core.fields import Batch, Needs
-from vlx.core.method import Builder, ParamGroup, StepContext, StepOutput, Trainable
+from vlx.core.fields import Needs
+from vlx.core.method import Builder
 from vlx.core.paper import Paper
-from vlx.encoders.base import EncoderFeatures
 from vlx.encoders.clip_weights import load_clip
-from vlx.families.dual_encoder import (
-    PAIR_FIELDS,
-    JointSpace,
-    Towers,
-    caption_view,
-    exempt_class_tokens,
-)
-from vlx.ops.contrastive import clip_loss
+from vlx.families.contrastive import ContrastivePairs
+from vlx.families.dual_encoder import PAIR_FIELDS, Towers, caption_view
 
 PAPER = Paper(
     number=71,
@@ -65,9 +55,8 @@ class ClipConfig(MethodConfig):
     OpenAI's or open_clip's names, or a vlx run."""
 
 
-class Clip(Trainable):
+class Clip(ContrastivePairs):
     Config = ClipConfig
-    couples_batch = True
 
     def __init__(self, cfg: ClipConfig, build: Builder) -> None:
         super().__init__(cfg, build)
@@ -79,30 +68,6 @@ class Clip(Trainable):
     @classmethod
     def needs(cls, cfg: ClipConfig) -> Needs:
         return Needs(views=(caption_view(cfg.crop_scale, cfg.flip),), fields=PAIR_FIELDS)
-
-    def embed(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
-        return {
-            "image": self.towers.embed_images(batch["image"]),  # (B, E)
-            "text": self.towers.embed_text(batch["text"], batch["text_length"]),  # (B, E)
-        }
-
-    def losses(self, embeddings: dict[str, Tensor], ctx: StepContext) -> StepOutput:
-        scale = self.logit_scale()
-        loss = clip_loss(embeddings["image"], embeddings["text"], scale)
-        return StepOutput({"contrastive": loss}, {"logit_scale": scale.detach()})
-
-    def step(self, batch: Batch, ctx: StepContext) -> StepOutput:
-        return self.losses(self.embed(batch, ctx), ctx)
-
-    def after_step(self, ctx: StepContext) -> None:
-        self.logit_scale.clamp()
-
-    def param_groups(self) -> list[ParamGroup]:
-        return exempt_class_tokens(super().param_groups())
-
-    def exports(self) -> tuple[Capability, ...]:
-        joint = JointSpace(self.towers, self.logit_scale)
-        return joint, EncoderFeatures(self.towers.image)
 
 
 METHOD = Clip
