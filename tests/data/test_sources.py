@@ -35,10 +35,11 @@ from vlx.core.errors import DataError
 from vlx.data.cache import Index, cached_index
 from vlx.data.config import DataConfig
 from vlx.data.decode import decode_image
+from vlx.data.fetch import fetch_shards
 from vlx.data.labels import class_indices
 from vlx.data.open import SOURCES, open_source
 from vlx.data.source import WithDomains
-from vlx.data.sources.webdataset import expand_braces
+from vlx.data.sources.webdataset import expand_braces, find_shards, not_fetched
 
 EMBEDDED = ("digits", "glyphs", "scenes", "torchvision")
 
@@ -516,12 +517,45 @@ def test_a_url_that_is_not_there_is_one_line(server) -> None:
         open_source(config(source="webdataset", path=f"{url}/none.tar"), "train")
 
 
-def test_a_command_s_output_is_a_shard(tmp_path: Path) -> None:
+def test_a_command_is_run_where_it_was_typed_and_its_output_is_kept(tmp_path: Path) -> None:
     file = shard(tmp_path / "my shards" / "train-0.tar", range(3))
-    source = open_source(config(source="webdataset", path=f"pipe:cat '{file}'"), "train")
-    assert len(source) == 3
+    command = f"pipe:cat '{file}'"
+    cfg = config(source="webdataset", path=command)
+    with pytest.raises(DataError, match="is run only where it is typed"):
+        open_source(cfg, "train")
+    assert not_fetched(cfg) == [command]
+    fetch_shards([command], run_commands=True)
+    assert len(open_source(cfg, "train")) == 3
+    assert not_fetched(cfg) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("cat /no/such/file.tar", "exit code"),
+        ("no-such-program x", "No such file"),
+        ("cat a.tar | tee b.tar", "no shell"),
+        ("cat 'a.tar", "quotation"),
+        ("", "no command"),
+    ],
+)
+def test_what_is_no_command_is_one_line(command: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        fetch_shards([f"pipe:{command}"], run_commands=True)
+
+
+def test_no_shell_reads_a_command(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="exit code"):
-        open_source(config(source="webdataset", path="pipe:cat /no/such/file.tar"), "train")
+        fetch_shards([f"pipe:cat $(touch {tmp_path}/ran) /none.tar;touch"], run_commands=True)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("pattern", ["a{0..999999999}", "{a,b}" * 40, "{" + "a," * 9000 + "a}"])
+def test_braces_that_name_too_much_are_refused_at_once(pattern: str) -> None:
+    with pytest.raises(DataError, match=r"name a folder"):
+        find_shards(pattern, "train")
+    with pytest.raises(DataError, match=r"name a folder"):
+        find_shards("::".join(["a{0..90000}"] * 9), "train")
 
 
 # --- Parquet and Arrow

@@ -15,6 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from vlx.commands.typed_command import run_typed_command
 from vlx.config.compose import compose
 from vlx.config.overrides import parse
 from vlx.config.paths import conf_dir, group_options
@@ -80,6 +81,7 @@ def data_config(name: str, overrides: Sequence[str]) -> DataConfig:
 def show(name: str, overrides: Sequence[str], check: int, console: Console) -> None:
     """What each split of a source holds, and which of `check` samples cannot be read."""
     cfg = data_config(name, overrides)
+    run_typed_command(cfg, overrides)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("split", no_wrap=True)
     for title in ("samples", "fields", "classes", "image sizes", "unreadable"):
@@ -165,6 +167,7 @@ def preview(
 
     command = registry.find(slug).paper.commands[0]
     cfg = run_config(compose(slug, command, preset, overrides))
+    run_typed_command(cfg.data, overrides)
     source = open_source(cfg.data, cfg.data.train_split)
     needs = registry.load(slug).needs(cfg.method)
     check_fields(source, needs)

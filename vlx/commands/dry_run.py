@@ -17,9 +17,11 @@ from vlx.commands.tables import shorten
 from vlx.config.compose import to_yaml
 from vlx.core import registry
 from vlx.core.capability import DualEncoder, ImageFeatures, ReducedTokens
+from vlx.core.errors import DataError
 from vlx.core.fields import Batch, Needs
 from vlx.core.method import Method, StepContext, Trainable
 from vlx.data.open import open_source
+from vlx.data.sources.webdataset import not_fetched
 from vlx.engine.build import SOME_CLASSES, builder_of
 from vlx.engine.config import Optimizer, RunConfig
 from vlx.engine.evaluate_encoder import build_subject
@@ -174,6 +176,9 @@ def print_dry_run(config: dict[str, Any], console: Console) -> None:
 def _steps(cfg: RunConfig) -> tuple[str, int]:
     """(the run's length in words, classes of the data); 0 classes where the data is not here."""
     try:
+        missing = not_fetched(cfg.data)
+        if missing:
+            raise DataError(f"{missing[0]} is not fetched in a dry run")
         source = open_source(cfg.data, cfg.data.train_split)
     except Exception as error:  # a dry run needs no data
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

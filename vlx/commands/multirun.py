@@ -15,12 +15,15 @@ from rich.console import Console
 from vlx.commands.start import Line, check_model, prepare, root_of, run
 from vlx.commands.sweep import Driver
 from vlx.commands.sweep_file import Job, append_job, standing, write_jobs
+from vlx.commands.typed_command import run_typed_command
 from vlx.config.compose import Root, to_yaml
 from vlx.config.grid import Cell, expand, job_name, uses_plugin
 from vlx.config.hydra_app import read_plan, varying
 from vlx.config.overrides import parse
 from vlx.core.errors import ConfigError, VlxError
+from vlx.data.config import DataConfig
 from vlx.engine import rundir
+from vlx.engine.load import from_dict
 
 
 def multirun(line: Line, root: Root, console: Console) -> int:
@@ -42,6 +45,8 @@ def multirun(line: Line, root: Root, console: Console) -> int:
             console.print(text, highlight=False, soft_wrap=True, markup=False)
         return 0
     check_models(cells)
+    for cell in cells:
+        run_typed_command(from_dict(DataConfig, cell.config["data"], "data."), cell.overrides)
     first = cells[0].config
     directory = make_sweep_dir(first["runs_dir"], name_of(line), root.slug)
     write_jobs(directory, [freeze(number, cell, directory) for number, cell in enumerate(cells)])

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from vlx.commands.tables import counts_lines, results_tables
+from vlx.commands.typed_command import run_typed_command
 from vlx.config.compose import (
     Root,
     compose_root,
@@ -23,9 +24,11 @@ from vlx.core import registry
 from vlx.core.errors import ConfigError, VlxError, nearest
 from vlx.core.files import write_atomic
 from vlx.core.results import read_results
+from vlx.data.config import DataConfig
 from vlx.engine import rundir
 from vlx.engine.environment import git_commit, versions
 from vlx.engine.launch import launch, read_launcher
+from vlx.engine.load import from_dict
 from vlx.evals.registry import EVALUATORS
 
 
@@ -70,6 +73,7 @@ def start(line: Line, console: Console) -> int:
 
         print_dry_run(config, console)
         return 0
+    run_typed_command(from_dict(DataConfig, config["data"], "data."), line.overrides)
     if line.in_sweep is not None:
         from vlx.commands.multirun import run_in_sweep
 

@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,8 @@ from vlx.data.captions import LeftOut, Text, as_texts, clean
 from vlx.data.class_names import as_training, written_names
 from vlx.data.config import DataConfig
 from vlx.data.content import files_fingerprint
-from vlx.data.fetch import fetch_shards, is_remote
+from vlx.data.fetch import fetch_shards, is_remote, to_fetch
+from vlx.data.held_out import split_name
 from vlx.data.labels import class_indices
 from vlx.data.source import Sample, SourceInfo
 
@@ -38,6 +39,7 @@ _VERSION = "3"
 _BLOCK = 512  # of a tar
 _NOWHERE = (0, -1)  # the place of a member that is not there
 _MAX_SEEN = 1000  # names kept to suggest one
+_MAX_PLACES, _MAX_PATTERN = 100_000, 10_000  # files of a pattern, and its characters
 _SMALL = 64  # bytes: a label may have any suffix
 
 
@@ -143,19 +145,35 @@ class WebDataset:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """`a{0..2}` and `a{x,y}` as the shell expands them; zero padding is kept."""
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if match is None:
-        return [pattern]
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
-    if numbers:
-        first, last = int(numbers[1]), int(numbers[2])
-        step = 1 if first <= last else -1
-        words = [f"{n:0{len(numbers[1])}d}" for n in range(first, last + step, step)]
-    else:
-        words = match[1].split(",")
-    head, tail = pattern[: match.start()], pattern[match.end() :]
-    return list(itertools.chain.from_iterable(expand_braces(head + w + tail) for w in words))
+    """`a{0..2}` and `a{x,y}` as the shell expands them; zero padding is kept.
+
+    Raises:
+        DataError: more than a hundred thousand places.
+    """
+    if len(pattern) > _MAX_PATTERN:
+        raise DataError(f"data.path: a pattern of {len(pattern):,} characters; name a folder")
+    done, open_ones = [], [pattern]
+    while open_ones:
+        text = open_ones.pop()
+        match = re.search(r"\{([^{}]*)\}", text)
+        if match is None:
+            done.append(text)
+            continue
+        numbers = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", match[1])
+        words: Iterable[str] = match[1].split(",")
+        if numbers:
+            first, last = int(numbers[1]), int(numbers[2])
+            step = 1 if first <= last else -1
+            width = len(numbers[1])
+            words = (f"{n:0{width}d}" for n in range(first, last + step, step))
+        more = [
+            text[: match.start()] + word + text[match.end() :]
+            for word in itertools.islice(words, _MAX_PLACES + 1)
+        ]
+        open_ones += reversed(more)
+        if len(open_ones) + len(done) > _MAX_PLACES:
+            raise DataError(f"data.path={pattern} names over {_MAX_PLACES:,} files; name a folder")
+    return done
 
 
 def find_shards(path: str | None, split: str) -> list[Path]:
@@ -171,8 +189,7 @@ def find_shards(path: str | None, split: str) -> list[Path]:
             found = ", ".join(f.name for f in files[:5]) or "no .tar file"
             raise DataError(f"{root} has no shard of split '{split}' (found: {found})")
         return chosen
-    patterns = path.replace("{split}", split).split("::")
-    places = list(itertools.chain.from_iterable(expand_braces(p) for p in patterns))
+    places = _places(path, split)
     remote = [is_remote(place) for place in places]
     if any(remote) and not all(remote):
         raise DataError(f"data.path={path} mixes files and URLs: name one kind")
@@ -181,6 +198,26 @@ def find_shards(path: str | None, split: str) -> list[Path]:
     if compressed:
         raise DataError(f"{compressed[0]} is compressed: samples cannot be reached. Unpack to .tar")
     return shards
+
+
+def _places(path: str, split: str) -> list[str]:
+    """The files and URLs of a pattern."""
+    places: list[str] = []
+    for pattern in path.replace("{split}", split).split("::"):
+        places += expand_braces(pattern)
+        if len(places) > _MAX_PLACES:
+            raise DataError(f"data.path names over {_MAX_PLACES:,} files; name a folder")
+    return places
+
+
+def not_fetched(cfg: DataConfig) -> list[str]:
+    """What opening the data's splits would fetch: URLs and commands whose shards are not here."""
+    if cfg.source != "webdataset" or cfg.path is None:
+        return []
+    splits = (cfg.train_split, cfg.val_split, cfg.test_split)
+    words = dict.fromkeys(split_name(cfg, split)[0] for split in splits if split is not None)
+    places = dict.fromkeys(place for word in words for place in _places(cfg.path, word))
+    return to_fetch([place for place in places if is_remote(place)])
 
 
 def _local(patterns: list[str]) -> list[Path]:
