@@ -38,8 +38,8 @@ from vlx.data.decode import decode_image
 from vlx.data.fetch import fetch_shards
 from vlx.data.labels import class_indices
 from vlx.data.open import SOURCES, open_source
+from vlx.data.shards import expand_braces, find_shards, not_fetched
 from vlx.data.source import WithDomains
-from vlx.data.sources.webdataset import expand_braces, find_shards, not_fetched
 
 EMBEDDED = ("digits", "glyphs", "scenes", "torchvision")
 

@@ -21,7 +21,7 @@ from vlx.core.errors import DataError
 from vlx.core.fields import Batch, Needs
 from vlx.core.method import Method, StepContext, Trainable
 from vlx.data.open import open_source
-from vlx.data.sources.webdataset import not_fetched
+from vlx.data.shards import not_fetched
 from vlx.engine.build import SOME_CLASSES, builder_of
 from vlx.engine.config import Optimizer, RunConfig
 from vlx.engine.evaluate_encoder import build_subject

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from vlx.config.overrides import parse
 from vlx.data.config import DataConfig
 from vlx.data.fetch import COMMAND, fetch_shards
-from vlx.data.sources.webdataset import not_fetched
+from vlx.data.shards import not_fetched
 
 
 def run_typed_command(data: DataConfig, overrides: Sequence[str]) -> None:
