@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import io
+import resource
+import struct
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.conftest import ROOT
 from tests.data.make import HTML, encode, jpeg, picture, truncated_jpeg
 from vlx.data.decode import decode_image
 
@@ -95,9 +100,6 @@ def test_16_bit_grey_png_is_scaled_to_8_bits() -> None:
 
 def test_16_bit_rgb_png_keeps_the_high_byte() -> None:
     # PIL writes no such file: a PNG by hand, from its specification.
-    import struct
-    import zlib
-
     values = (picture(5, 16).astype(np.uint16) << 8) | 0x7F
 
     def chunk(kind: bytes, body: bytes) -> bytes:
@@ -185,3 +187,40 @@ def test_exif_rotated_photos_come_out_upright(orientation: int, format: str) -> 
 
 def test_jpeg_is_near_what_was_stored() -> None:
     assert mean_error(decode_image(jpeg(7, 64)), picture(7, 64)) < _JPEG_MEAN_ERROR
+
+
+def test_only_formats_that_are_named_are_decoded(tmp_path: Path) -> None:
+    """An EPS, whatever its name, would start Ghostscript."""
+    stream = io.BytesIO()
+    Image.fromarray(picture(5)).save(stream, "EPS")
+    file = tmp_path / "photo.jpg"
+    file.write_bytes(stream.getvalue())
+    with pytest.raises(ValueError, match="not an image of a format that is read"):
+        decode_image(stream.getvalue())
+    with pytest.raises(Image.UnidentifiedImageError):
+        Image.open(file)  # as torchvision's data sets do
+    for name in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF"):
+        assert decode_image(encode(picture(5), name)).shape == picture(5).shape
+
+
+def test_nothing_in_vlx_opens_an_image_but_decode() -> None:
+    files = [file for file in (ROOT / "vlx").rglob("*.py") if "Image.open(" in file.read_text()]
+    assert [file.name for file in files] == ["decode.py"]
+
+
+def test_an_image_that_would_take_gigabytes_is_refused_before_it_is_unpacked() -> None:
+    """13300x13300 pixels are under the limit of pixels, and 675 MiB; written by hand, row by row,
+    as one deflate stream of zeros."""
+    side = 13300
+    rows = zlib.compressobj(9)
+    data = b"".join(rows.compress(bytes(1 + 3 * side)) for _ in range(side)) + rows.flush()
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", data), (b"IEND", b"")]
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
+    )
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match="13300x13300 takes 674 MiB to decode"):
+        decode_image(png, max_side=1024)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024

@@ -8,6 +8,14 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
 Image.MAX_IMAGE_PIXELS = None  # the limit is the caller's `max_pixels`, an error, not a warning
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+"""Pillow's names of what is decoded. It knows some forty more by their content, whatever a file's
+name, and one of them (EPS) starts a program. Those that a build of it lacks are left out."""
+# torchvision's data sets open files themselves, by this list.
+Image.init()
+FORMATS = tuple(name for name in FORMATS if name in Image.OPEN)
+Image.ID[:] = [name for name in Image.ID if name in FORMATS]
+_MAX_BYTES = 512 * 2**20  # of one decoded image; several workers hold one each
 
 
 def decode_image(
@@ -22,7 +30,8 @@ def decode_image(
     more). Sides over `max_side` are reduced, antialiased. An array is checked and returned.
 
     Raises:
-        ValueError: damaged or truncated data, or more than `max_pixels` pixels.
+        ValueError: damaged or truncated data, a format that is not in `FORMATS`, more than
+            `max_pixels` pixels, or more than 512 MiB of them.
     """
     if isinstance(data, np.ndarray):
         if data.dtype != np.uint8 or data.ndim != 3 or data.shape[2] != 3:
@@ -35,10 +44,12 @@ def decode_image(
     # Some libraries set this for the whole process; a grey lower half is not the image.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return _finish(image, max_pixels, max_side)
     except Image.UnidentifiedImageError:
-        raise ValueError(f"not an image; it begins with {data[:16]!r}") from None
+        raise ValueError(
+            f"not an image of a format that is read; it begins with {data[:16]!r}"
+        ) from None
     except ValueError:
         raise
     except Exception as error:  # PIL raises many kinds for damaged files
@@ -51,11 +62,27 @@ def _finish(image: Image.Image, max_pixels: int, max_side: int | None) -> np.nda
         raise ValueError(f"{width}x{height} is over the limit of {max_pixels} pixels")
     if max_side is not None and max(width, height) > max_side:
         image.draft("RGB", (max_side, max_side))  # a JPEG decoder halves while it reads
+    size = image.width * image.height * _bytes_per_pixel(image.mode)
+    if size > _MAX_BYTES:
+        raise ValueError(
+            f"{width}x{height} takes {size >> 20} MiB to decode, over the limit of "
+            f"{_MAX_BYTES >> 20}: reduce it"
+        )
     image.load()
-    upright = _to_rgb(ImageOps.exif_transpose(image))
+    ImageOps.exif_transpose(image, in_place=True)
+    upright = _to_rgb(image)
     if max_side is not None and max(upright.size) > max_side:
         upright.thumbnail((max_side, max_side), Image.Resampling.BICUBIC)
     return np.asarray(upright)
+
+
+def _bytes_per_pixel(mode: str) -> int:
+    """As Pillow keeps a picture, with the copies that `_to_rgb` makes of it beside."""
+    if mode in ("1", "L", "P"):
+        return 1 + 4  # the RGB that it becomes
+    if mode in ("RGB", "RGBX"):
+        return 4
+    return 12 if mode in ("RGBA", "LA", "PA") else 8
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -68,4 +95,4 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
