@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ import yaml
 from PIL import Image
 
 from tests.conftest import Cli
+from vlx.config.compose import compose, to_yaml
+from vlx.core.errors import VlxError
+from vlx.engine.load import read_config
 
 _SHORT = ("track=none", "train.batch_size=4", "train.steps=1", "eval.at_end=[knn]")
 
@@ -61,3 +65,58 @@ def test_a_command_runs_where_it_is_typed_alone(cli: Cli, command: str, tmp_path
         assert done.returncode == 2, words
         assert "is run only where it is typed" in done.stderr
     assert not ran.exists()
+
+
+_BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{b}: &{b} [*{a},*{a},*{a},*{a},*{a},*{a},*{a},*{a},*{a}]\n" for a, b in pairwise("abcdefghi")
+)
+_HOSTILE = {
+    "hydra: {callbacks: {x: {_target_: os.system}}}": "unknown key 'hydra'",
+    "_target_: os.system": "unknown key '_target_'",
+    "optim: {_target_: os.system}": "_target_",
+    "method: {_target_: os.system}": "_target_",
+    "track: {project: '${oc.env:WANDB_API_KEY}'}": "nothing is looked up",
+    "data: {path: 'x${hydra:runtime.cwd}'}": "nothing is looked up",
+    "defaults: [{override hydra/launcher: submitit_local}]": "is not read",
+    "defaults: [../../x]": "is not read",
+    "defaults: [{override /data: ../../x}]": "is not read",
+    "name: !!python/object/apply:os.system [true]": "could not determine a constructor",
+    "name: &a [*a]": "contains itself",
+    "seed: 1\nseed: 2": "twice",
+    "name: " + "[" * 3000: "cannot be read|nested",
+    "name: " + "[" * 60 + "]" * 60: "nested",
+    "seed: " + "9" * 5000: "cannot be read",
+    "# " + "x" * 2**20: "larger than",
+    _BOMB: "values, its anchors written out",
+}
+
+
+@pytest.mark.parametrize("text", _HOSTILE, ids=lambda text: text[:24])
+def test_a_preset_holds_keys_of_the_schema_and_plain_values(text: str, tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text(text)
+    with pytest.raises(VlxError, match=_HOSTILE[text]):
+        compose("mae", "pretrain-mim", str(tmp_path / "p.yaml"))
+
+
+@pytest.mark.parametrize("text", _HOSTILE, ids=lambda text: text[:24])
+def test_a_run_s_configuration_holds_them_too(text: str, tmp_path: Path) -> None:
+    config = compose("mae", "pretrain-mim", "smoke")
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert read_config(tmp_path) == config
+    key = text.split(":")[0]
+    rest = {k: v for k, v in config.items() if k != key or text.count(key + ":") > 1}
+    (tmp_path / "config.yaml").write_text(to_yaml(rest) + text)
+    expected = "unknown key|" if key == "defaults" else ""
+    with pytest.raises(VlxError, match=expected + _HOSTILE[text]):
+        read_config(tmp_path)
+
+
+def test_an_anchor_is_read_where_it_is_small(tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text("train: {log_every: &n 7}\nseed: *n\noptim: {lr: 1e-3}\n")
+    config = compose("mae", "pretrain-mim", str(tmp_path / "p.yaml"))
+    assert (config["seed"], config["train"]["log_every"], config["optim"]["lr"]) == (7, 7, 1e-3)
+
+
+def test_a_typed_word_looks_nothing_up() -> None:
+    with pytest.raises(VlxError, match="nothing is looked up"):
+        compose("mae", "pretrain-mim", None, ["track.project=${oc.env:HOME}"])

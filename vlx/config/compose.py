@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -19,16 +20,19 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vlx.config.explain import explain
-from vlx.config.overrides import check_override, parse
-from vlx.config.paths import conf_dir, presets
+from vlx.config.overrides import FIXED, check_override, parse
+from vlx.config.paths import GROUPS, conf_dir, presets
 from vlx.config.shorthand import long_words, model_words, store_models
 from vlx.core import registry
 from vlx.core.errors import ConfigError, nearest
+from vlx.core.yaml_file import read_yaml
 from vlx.engine.config import RunConfig
 from vlx.engine.load import from_dict, read_config
 from vlx.engine.rundir import CONFIG_FILE, flatten
 
 DEFAULT_PRESET = "tiny"
+_CHOICE = re.compile(rf"(override )?/({'|'.join(GROUPS)})(@teacher)?")
+_OPTION = re.compile(r"[\w.-]+")
 EVALUATION_PRESET = "none"
 # What `vlx eval EVALUATOR` reads of the configuration; the rest concerns training.
 _EVALUATION_KEYS = (
@@ -206,13 +210,33 @@ def _store_preset(slug: str, preset: str) -> str:
         raise ConfigError(f"no preset '{preset}' in {where}. {nearest(preset, known)}")
     if not path.is_file():
         raise ConfigError(f"no preset file {path}")
-    try:
-        node = OmegaConf.load(path)
-    except Exception as error:
-        raise ConfigError(f"{path} is not a preset: {str(error).splitlines()[0]}") from error
+    node = OmegaConf.create(_preset_values(path))
     name = f"{slug}-{path.stem}"
     ConfigStore.instance().store(group="preset", name=name, node=node, package="_global_")
     return name
+
+
+def _preset_values(path: Path) -> dict[str, Any]:
+    """What a preset sets: sections of a run, and options of their groups.
+
+    Anything else would be Hydra's own (`hydra: callbacks`), which acts.
+    """
+    values = read_yaml(path)
+    sections = [f.name for f in fields(RunConfig) if f.name not in FIXED or f.name == "method"]
+    for key in values:
+        if key not in (*sections, "defaults"):
+            raise ConfigError(f"{path}: unknown key '{key}'. {nearest(key, sections)}".rstrip())
+    for line in values.get("defaults") or []:
+        pairs = list(line.items()) if isinstance(line, dict) else []
+        choice = _CHOICE.fullmatch(str(pairs[0][0])) if len(pairs) == 1 else None
+        named = choice and (pairs[0][1] is None or _OPTION.fullmatch(str(pairs[0][1])))
+        if line != "_self_" and not named:
+            groups = ", ".join(GROUPS)
+            raise ConfigError(
+                f"{path}: defaults: {line} is not read: write `- override /GROUP: NAME`, with a "
+                f"GROUP of {groups}"
+            )
+    return values
 
 
 def _is_file(preset: str) -> bool:

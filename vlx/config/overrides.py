@@ -34,6 +34,8 @@ def parse(overrides: Sequence[str]) -> list[Override]:
     parser = OverridesParser.create(config_loader=loader)
     parsed = []
     for text in overrides:
+        if "${" in text and not is_hydra_key(text):
+            raise ConfigError(f"'{text}': nothing is looked up in ${{...}}; type the value itself")
         try:
             parsed += parser.parse_overrides([text])
         except HydraException as error:

@@ -9,10 +9,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from vlx.core import registry
-from vlx.core.errors import ConfigError, VlxError, nearest
+from vlx.core.errors import ConfigError, nearest
+from vlx.core.yaml_file import read_yaml
 from vlx.engine.config import RunConfig
 from vlx.engine.rundir import CONFIG_FILE
 
@@ -60,8 +59,16 @@ def run_config(values: dict[str, Any]) -> RunConfig:
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
-    """Plain values of a run's `config.yaml`."""
-    try:
-        return yaml.safe_load((run_dir / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise VlxError(f"{run_dir / CONFIG_FILE} cannot be read: {error}") from error
+    """Plain values of a run's `config.yaml`, all of them keys of the schema.
+
+    Raises `ConfigError` for what cannot be read, holds more than a configuration, or has keys that
+    no configuration has: a run directory may be a stranger's.
+    """
+    file = run_dir / CONFIG_FILE
+    values = read_yaml(file)
+    if not {"slug", "command", "method", "launcher"} <= values.keys():
+        raise ConfigError(f"{file} is not a configuration of vlx")
+    from_dict(RunConfig, values)
+    if values["method"] is not None:
+        from_dict(registry.config_class(values["slug"]), values["method"], "method.")
+    return values
