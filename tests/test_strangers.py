@@ -12,9 +12,15 @@ import yaml
 from PIL import Image
 
 from tests.conftest import Cli
-from vlx.config.compose import compose, to_yaml
+from vlx.commands.multirun import make_sweep_dir
+from vlx.commands.sweep_file import Job, read_jobs, write_jobs
+from vlx.config.compose import compose, method_root, to_yaml
+from vlx.config.grid import expand
 from vlx.core.errors import VlxError
-from vlx.engine.load import read_config
+from vlx.core.names import check_folder_name
+from vlx.engine.config import RunConfig
+from vlx.engine.load import from_dict, read_config
+from vlx.engine.rundir import make_run_dir
 
 _SHORT = ("track=none", "train.batch_size=4", "train.steps=1", "eval.at_end=[knn]")
 
@@ -120,3 +126,67 @@ def test_an_anchor_is_read_where_it_is_small(tmp_path: Path) -> None:
 def test_a_typed_word_looks_nothing_up() -> None:
     with pytest.raises(VlxError, match="nothing is looked up"):
         compose("mae", "pretrain-mim", None, ["track.project=${oc.env:HOME}"])
+
+
+_ODD = (
+    "1e3",
+    "007",
+    "1_000",
+    "yes",
+    "NULL",
+    "None",
+    "true",
+    "0x1F",
+    "2024-01-01",
+    "1:30",
+    "nan",
+    "~",
+)
+
+
+@pytest.mark.parametrize("text", [*_ODD, "a=b", "x y", "é", "off", "1.0"])
+def test_texts_stay_the_characters_that_were_typed(text: str, tmp_path: Path) -> None:
+    words = [f"{key}={text}" for key in ("name", "data.path", "track.project", "train.keep_best")]
+    config = compose("coop", "finetune", "smoke", [*words, f"context_init={text}"])
+    found = [config["name"], config["data"]["path"], config["track"]["project"]]
+    found += [config["train"]["keep_best"], config["method"]["context_init"]]
+    assert found == [text] * 5
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert read_config(tmp_path)["name"] == text
+
+
+def test_texts_of_a_preset_stay_the_characters_that_are_written(tmp_path: Path) -> None:
+    for text in _ODD[:-1]:
+        (tmp_path / "p.yaml").write_text(f"name: {text}\ntrack: {{tags: [{text}], entity: null}}\n")
+        config = compose("mae", "pretrain-mim", str(tmp_path / "p.yaml"))
+        assert (config["name"], config["track"]["tags"]) == (text, [text])
+        assert config["track"]["entity"] is None
+
+
+def test_null_unsets_a_text_and_lists_and_sweeps_keep_theirs() -> None:
+    config = compose("mae", "pretrain-mim", None, ["name=null", "track.tags=[1e3,yes,a]"])
+    assert config["name"] is None
+    assert config["track"]["tags"] == ["1e3", "yes", "a"]
+    cells = expand(method_root("mae", "pretrain-mim"), ["data.variant=1e3,007"])
+    assert [cell.config["data"]["variant"] for cell in cells] == ["1e3", "007"]
+    assert [cell.swept["data.variant"] for cell in cells] == ["1e3", "007"]
+
+
+@pytest.mark.parametrize(
+    "name", ["..", ".", "", " a", "a/b", "/tmp", "-x", "a\nb", "a\x1b[1m", "a" * 300]
+)
+def test_names_are_folder_names_wherever_they_come_from(name: str, tmp_path: Path) -> None:
+    config = compose("mae", "pretrain-mim")
+    for make in (
+        lambda: make_run_dir(str(tmp_path), name, "mae", 0),
+        lambda: make_sweep_dir(str(tmp_path), name, "mae"),
+        lambda: from_dict(RunConfig, config | {"name": name}),
+        lambda: check_folder_name(name, "--name"),
+    ):
+        with pytest.raises(VlxError, match="name="):
+            make()
+    job = Job(id="0", overrides=[], swept={}, config=config, hash="", run_dir=name)
+    write_jobs(tmp_path, [job])
+    with pytest.raises(VlxError, match="run_dir="):
+        read_jobs(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["sweep.jsonl"]

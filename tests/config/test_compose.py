@@ -247,7 +247,7 @@ def test_each_job_of_an_evaluation_takes_its_own_runs_encoder(tmp_path: Path) ->
         ("seed=range(0,6,2)", ["0", "2", "4"]),
         ("optim.betas=[0.9,0.95],[0.9,0.999]", ["[0.9,0.95]", "[0.9,0.999]"]),
         ("data=glob(*i*)", ["cifar10", "digits"]),
-        ("track.project='a b','c,d'", ["'a b'", "'c,d'"]),
+        ("track.project='a b','c,d'", ["a b", "c,d"]),
         ("optim.lr=1e-3,2e-3", ["0.001", "0.002"]),
     ],
 )

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from vlx.commands.tables import REDUCED_GMACS, figure
 from vlx.core.errors import VlxError
+from vlx.core.names import check_folder_name
 from vlx.core.results import FILE_NAME, Metric, Results, read_results
 from vlx.engine import rundir
 
@@ -142,8 +143,8 @@ def rerun(run_dir: Path, name: str | None, console: Console) -> int:
     from vlx.commands.start import prepare, run
 
     record, config = rundir.read_record(run_dir), read_config(run_dir)
-    if name is not None and name != Path(name).name:
-        raise VlxError(f"--name {name} must be a folder's name without '/'")
+    if name is not None:
+        check_folder_name(name, "--name")
     config["name"] = name
     return run(prepare(config, record.overrides), console)
 

@@ -7,12 +7,13 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vlx.core.errors import EXIT_INTERRUPTED, EXIT_OK, VlxError
 from vlx.core.files import write_atomic
+from vlx.core.names import check_folder_name
 from vlx.core.results import FILE_NAME
 from vlx.engine import rundir
 
@@ -44,6 +45,7 @@ def read_jobs(directory: Path) -> list[Job]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
         jobs = (Job(**json.loads(line)) for line in lines if line)
+        jobs = [replace(job, run_dir=check_folder_name(job.run_dir, "run_dir")) for job in jobs]
         return list({job.id: job for job in jobs}.values())  # a later line replaces an earlier
     except FileNotFoundError:
         raise VlxError(f"{directory} is not a sweep (no {SWEEP_FILE}); runs/sweeps has") from None

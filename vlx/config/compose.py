@@ -23,6 +23,7 @@ from vlx.config.explain import explain
 from vlx.config.overrides import FIXED, check_override, parse
 from vlx.config.paths import GROUPS, conf_dir, presets
 from vlx.config.shorthand import long_words, model_words, store_models
+from vlx.config.texts import as_typed, text_keys
 from vlx.core import registry
 from vlx.core.errors import ConfigError, nearest
 from vlx.core.yaml_file import read_yaml
@@ -93,8 +94,12 @@ def compose_root(root: Root, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def plain_words(root: Root, overrides: Sequence[str]) -> list[str]:
-    """The overrides with every key in full, as Hydra wants them."""
-    return long_words(root.slug, overrides) if root.file == "run" else list(overrides)
+    """The overrides as Hydra wants them: every key in full, texts quoted that it would convert."""
+    keys = text_keys(RunConfig)
+    if root.file == "run":
+        overrides = long_words(root.slug, overrides)
+        keys |= text_keys(registry.config_class(root.slug), "method.")
+    return [as_typed(word, keys) for word in overrides]
 
 
 def check(root: Root, parsed: Sequence[Override]) -> None:
@@ -210,18 +215,19 @@ def _store_preset(slug: str, preset: str) -> str:
         raise ConfigError(f"no preset '{preset}' in {where}. {nearest(preset, known)}")
     if not path.is_file():
         raise ConfigError(f"no preset file {path}")
-    node = OmegaConf.create(_preset_values(path))
+    node = OmegaConf.create(_preset_values(path, slug))
     name = f"{slug}-{path.stem}"
     ConfigStore.instance().store(group="preset", name=name, node=node, package="_global_")
     return name
 
 
-def _preset_values(path: Path) -> dict[str, Any]:
+def _preset_values(path: Path, slug: str) -> dict[str, Any]:
     """What a preset sets: sections of a run, and options of their groups.
 
     Anything else would be Hydra's own (`hydra: callbacks`), which acts.
     """
-    values = read_yaml(path)
+    own = text_keys(registry.config_class(slug), "method.")
+    values = read_yaml(path, text_keys(RunConfig) | own)
     sections = [f.name for f in fields(RunConfig) if f.name not in FIXED or f.name == "method"]
     for key in values:
         if key not in (*sections, "defaults"):

@@ -68,8 +68,16 @@ def expand(
             except VlxError as error:
                 raise ConfigError(f"job {' '.join(varying)}: {error}") from error
             pairs = (word.split("=", 1) for word in varying)
-            cells.append(Cell({key.lstrip("+"): value for key, value in pairs}, [*words], config))
+            cells.append(
+                Cell({key.lstrip("+"): _unquoted(value) for key, value in pairs}, [*words], config)
+            )
     return cells
+
+
+def _unquoted(value: str) -> str:
+    """A value without the quotes around all of it."""
+    whole = len(value) > 1 and value[0] == value[-1] == "'" and "'" not in value[1:-1]
+    return value[1:-1] if whole else value
 
 
 def _values(override: Override) -> list[str]:

@@ -12,7 +12,9 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from vlx.config.paths import GROUPS, group_options
+from vlx.config.texts import as_typed, text_keys
 from vlx.core.errors import ConfigError, nearest
+from vlx.engine.config import RunConfig
 
 # Key -> what to type instead: set by words of the command line, never by an override.
 FIXED = {
@@ -22,6 +24,9 @@ FIXED = {
     "slug": "the method is the first word: vlx COMMAND {value}",
     "command": "the command is the first word: vlx {value} METHOD",
 }
+
+
+_OF_THE_RUN = text_keys(RunConfig)
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
@@ -37,7 +42,7 @@ def parse(overrides: Sequence[str]) -> list[Override]:
         if "${" in text and not is_hydra_key(text):
             raise ConfigError(f"'{text}': nothing is looked up in ${{...}}; type the value itself")
         try:
-            parsed += parser.parse_overrides([text])
+            parsed += parser.parse_overrides([as_typed(text, _OF_THE_RUN)])
         except HydraException as error:
             raise ConfigError(
                 f"cannot read '{text}': write key=value, e.g. train.steps=200 (quote a value "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ _Loader.add_implicit_resolver(
 )  # fmt: skip
 
 
-def read_yaml(file: Path) -> dict[str, Any]:
+def read_yaml(file: Path, texts: Collection[str] = ()) -> dict[str, Any]:
     """The mapping that a file holds; an empty file is an empty one.
+
+    texts: dotted keys whose values stay the characters that are written (but for `null`).
 
     Raises:
         ConfigError: it cannot be read, is no mapping, is larger than a configuration can be (its
@@ -47,12 +50,24 @@ def read_yaml(file: Path) -> dict[str, Any]:
         if node is None:
             return {}
         _check(node, file, {}, 0)
+        _keep_texts(node, "", texts)
         values = loader.construct_document(node)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{file} cannot be read: {one_line(error)}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"{file} is no configuration: it must be KEY: VALUE lines")
     return values
+
+
+def _keep_texts(node: yaml.Node, key: str, texts: Collection[str]) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            _keep_texts(value, f"{key}.{name.value}" if key else str(name.value), texts)
+    elif isinstance(node, yaml.SequenceNode) and key in texts:
+        for value in node.value:
+            _keep_texts(value, key, texts)
+    elif isinstance(node, yaml.ScalarNode) and key in texts and node.value not in ("null", ""):
+        node.tag = "tag:yaml.org,2002:str"
 
 
 def _check(node: yaml.Node, file: Path, sizes: dict[int, int], depth: int) -> int:

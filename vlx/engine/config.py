@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 from vlx.core.errors import ConfigError
+from vlx.core.names import check_folder_name
 from vlx.data.config import DataConfig
 from vlx.encoders.config import EncoderConfig, TextConfig
 from vlx.evals.config import EvalConfig
@@ -295,8 +295,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.data.split_seed is None:
             self.data = replace(self.data, split_seed=self.seed)
-        if self.name is not None and (not self.name or self.name != Path(self.name).name):
-            raise ConfigError(f"name={self.name!r} must be a folder's name without '/'")
+        if self.name is not None:
+            check_folder_name(self.name, "name")
         if self.data.val_split is not None and self.data.val_split == self.data.test_split:
             raise ConfigError(
                 f"data.val_split={self.data.val_split} is the test split: see the key"

@@ -18,6 +18,7 @@ from typing import Any
 
 from vlx.core.errors import ConfigError, StorageError, VlxError
 from vlx.core.files import write_json
+from vlx.core.names import check_folder_name
 from vlx.core.results import FILE_NAME
 
 RUN_FILE = "run.json"
@@ -131,14 +132,14 @@ def make_run_dir(runs_dir: str, name: str | None, slug: str, seed: int) -> Path:
     root = Path(runs_dir).expanduser()
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     names = (
-        [name]
-        if name
+        [check_folder_name(name, "name")]
+        if name is not None
         else [f"{stamp}-{slug}-s{seed}", *(f"{stamp}-{slug}-s{seed}-{i}" for i in range(2, 100))]
     )
     for candidate in names:
         path = root / candidate
         try:
-            if name and _came_to_nothing(path):
+            if name is not None and _came_to_nothing(path):
                 shutil.rmtree(path)
             path.mkdir(parents=True)
             return path
