@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -71,17 +72,19 @@ class StepContext:
         """`(B, count)` of N(0, 1), drawn as `uniform` draws."""
         return random.normal(self._keys(like, stream), count)
 
-    def cpu_generator(self, stream: str) -> torch.Generator:
+    def host_generator(self, stream: str) -> np.random.Generator:
         """For the few numbers that a whole batch shares (the lambda of mixup): seeded from (seed,
-        step, process and micro-batch, stream), on the CPU, so that drawing waits for no device."""
-        salt = zlib.crc32(stream.encode())
-        seed = random.step_seed(self.seed, self.step, self.sample_offset, salt)
-        return torch.Generator("cpu").manual_seed(seed)
+        step, process and micro-batch, stream). Not torch's: what it draws is read on the host, and
+        no device is waited for."""
+        return self._host_generator(stream, self.sample_offset)
 
-    def shared_generator(self, stream: str) -> torch.Generator:
-        """As `cpu_generator`, but the same on every process and in every micro-batch of a step."""
-        seed = random.step_seed(self.seed, self.step, 0, zlib.crc32(stream.encode()))
-        return torch.Generator("cpu").manual_seed(seed)
+    def shared_generator(self, stream: str) -> np.random.Generator:
+        """As `host_generator`, but the same on every process and in every micro-batch of a step."""
+        return self._host_generator(stream, 0)
+
+    def _host_generator(self, stream: str, offset: int) -> np.random.Generator:
+        salt = zlib.crc32(stream.encode())
+        return np.random.default_rng(random.step_seed(self.seed, self.step, offset, salt))
 
     def _keys(self, like: Tensor, stream: str) -> Tensor:
         rows = torch.arange(like.shape[0], device=like.device) + self.sample_offset

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from vlx.core.capability import Capability, ClassLogits
@@ -62,9 +61,7 @@ def mixing_of(cfg: ClassifierConfig) -> Mixing:
 
 def draw_mixture(mixing: Mixing, ctx: StepContext) -> Mixture:
     """What the step does, the same for all samples of the micro-batch."""
-    generator = ctx.cpu_generator("mixing")
-    with torch.device("cpu"):  # a dry run sets another default
-        return mixing.draw(generator)
+    return mixing.draw(ctx.host_generator("mixing"))
 
 
 def decay_as_models_say(method: Trainable) -> list[ParamGroup]:

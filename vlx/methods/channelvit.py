@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from timm.layers.patch_embed import PatchEmbed
 from timm.layers.weight_init import trunc_normal_
@@ -203,10 +204,10 @@ def channelvit_small_patch8_224(pretrained: bool = False, **kwargs: Any) -> Chan
     return _create("channelvit_small_patch8_224", pretrained, **{**sizes, **kwargs})
 
 
-def draw_channels(total: int, generator: torch.Generator) -> Tensor:
-    """How many, uniformly from 1..total, then which, without replacement: (m,) on the CPU."""
-    count = int(torch.randint(1, total + 1, (1,), generator=generator))
-    return torch.randperm(total, generator=generator)[:count]
+def draw_channels(total: int, generator: np.random.Generator) -> list[int]:
+    """How many, uniformly from 1..total, then which, without replacement."""
+    count = generator.integers(1, total, endpoint=True)
+    return generator.permutation(total)[:count].tolist()
 
 
 def drop_tokens(encoder: VisionEncoder, x: Tensor, channels: Tensor) -> Tensor:
@@ -253,10 +254,10 @@ class ChannelVitClassifier(Classifier):
         view = ViewSpec("image", ops=(crop, flip, jitter, *others))
         return Needs(views=(view,), fields=(LABEL,))
 
-    def subset_logits(self, images: Tensor, channels: Tensor) -> Tensor:
-        """images: (B, C, H, W), RGB in 0..1; channels: (m,) numbers of those used."""
+    def subset_logits(self, images: Tensor, channels: Sequence[int]) -> Tensor:
+        """images: (B, C, H, W), RGB in 0..1; channels: numbers of the m that are used."""
         x = self.encoder.normalise(images)
-        return self.select(self.encoder, x, channels.to(images.device))
+        return self.select(self.encoder, x, torch.tensor(channels, device=x.device))
 
     def class_logits(self, images: Tensor) -> Tensor:
         return self.encoder.classify(self.encoder(images))
@@ -268,12 +269,11 @@ class ChannelVitClassifier(Classifier):
         count = torch.full((), float(len(channels)), device=images.device)
         return StepOutput({"class": loss}, {"channels": count})
 
-    def channels_of(self, images: Tensor, ctx: StepContext) -> Tensor:
+    def channels_of(self, images: Tensor, ctx: StepContext) -> list[int]:
         """Numbers of the channels that this batch keeps: one draw for all its images."""
-        with torch.device("cpu"):  # a dry run sets another default
-            if not (self.training and self.cfg.hierarchical_sampling) or images.is_meta:
-                return torch.arange(self.num_channels)
-            return draw_channels(self.num_channels, ctx.cpu_generator("channels"))
+        if not (self.training and self.cfg.hierarchical_sampling) or images.is_meta:
+            return list(range(self.num_channels))
+        return draw_channels(self.num_channels, ctx.host_generator("channels"))
 
     def exports(self) -> tuple[Capability, ...]:
         features = EncoderFeatures(self.encoder)
@@ -297,7 +297,7 @@ class Subsets(ChannelSubsets):
         self.method, self.num_channels = method, method.num_channels
 
     def subset_logits(self, images: Tensor, channels: Sequence[int]) -> Tensor:
-        return self.method.subset_logits(images, torch.tensor(channels))
+        return self.method.subset_logits(images, channels)
 
 
 METHOD = ChannelVitClassifier

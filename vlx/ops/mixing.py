@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,18 +53,14 @@ class Mixing:
     smoothing: float = 0.1
     """Share of a target that is spread evenly over all classes, 0..1."""
 
-    def draw(self, generator: torch.Generator) -> Mixture:
-        """What a step does. generator: on the CPU, so that no device is waited for."""
-        done, switch, *centre = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+    def draw(self, generator: np.random.Generator) -> Mixture:
+        """What a step does. The generator is not torch's, so that no device is waited for."""
+        done, switch, *centre = generator.random(4).tolist()
         if max(self.mixup_alpha, self.cutmix_alpha) == 0.0 or done >= self.p:
             return Mixture()
         cut = self.cutmix_alpha > 0.0 and (self.mixup_alpha == 0.0 or switch < self.switch_p)
         alpha = self.cutmix_alpha if cut else self.mixup_alpha
-        pair = torch.full((2,), alpha, dtype=torch.float64)
-        # What torch.distributions.Beta calls; the class itself takes no generator.
-        sample = torch._sample_dirichlet  # pyright: ignore[reportPrivateImportUsage]
-        lam, _ = sample(pair, generator=generator).tolist()
-        return Mixture(lam, (centre[0], centre[1]) if cut else None)
+        return Mixture(generator.beta(alpha, alpha), (centre[0], centre[1]) if cut else None)
 
     def apply(
         self, images: Tensor, labels: Tensor, num_classes: int, mixture: Mixture

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vlx.core.capability import Budgets, Capability, ImageFeatures
@@ -90,9 +89,7 @@ class LookupVit(FewTokenClassifier):
 
     def draw_grid(self, ctx: StepContext) -> int:
         """One of the grids for the whole step: the tokens of a batch must stack."""
-        generator = ctx.shared_generator("grid")
-        chosen = torch.randint(len(self.cfg.grids), (), generator=generator, device="cpu")
-        return self.cfg.grids[int(chosen)]
+        return self.cfg.grids[ctx.shared_generator("grid").integers(len(self.cfg.grids))]
 
     def step(self, batch: Batch, ctx: StepContext) -> StepOutput:
         images, targets = self.mix(batch["image"], batch["label"], ctx)
