@@ -40,6 +40,13 @@ class Classification:
         )
 
 
+def judged(logits: Tensor, labels: Tensor) -> Tensor:
+    """`(B, 4)` float32 of logits (B, C): top-1 hit, top-5 hit, 1, cross-entropy."""
+    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # (B, 5)
+    loss = cross_entropy(logits.float(), labels, reduction="none")
+    return torch.stack([ranked[:, 0], ranked.any(1), torch.ones_like(loss), loss], 1)
+
+
 @torch.no_grad()
 def count_hits(subject: ClassLogits, pipeline: EvalPipeline, num_classes: int) -> Tensor:
     """`(C, 4)` float64 by true class: top-1 hits, top-5 hits, samples, cross-entropy; summed over
@@ -49,10 +56,7 @@ def count_hits(subject: ClassLogits, pipeline: EvalPipeline, num_classes: int) -
         if len(batch["sample_id"]) == 0:
             continue
         labels = batch["label"]
-        logits = subject.class_logits(batch["image"])
-        ranked = logits.topk(min(5, num_classes), dim=1).indices == labels[:, None]  # (B, 5)
-        loss = cross_entropy(logits.float(), labels, reduction="none")
-        found = torch.stack([ranked[:, 0], ranked.any(1), torch.ones_like(loss), loss], 1)
+        found = judged(subject.class_logits(batch["image"]), labels)
         own = pipeline.own(batch["sample_id"])
         hits.index_add_(0, labels[own].cpu(), found[own].double().cpu())
     if pipeline.world > 1:

@@ -35,8 +35,8 @@ class ReconstructionGrid:
         rows = [[to_picture(x) for x in row] for row in zip(chosen, seen, painted)]
         titles = [(0, "original"), (1, "masked"), (2, "reconstruction")]
         if subject.has(ImageFeatures):
-            for row, neighbours in zip(rows, _neighbours(subject, data, chosen)):
-                row.extend(to_picture(x) for x in neighbours)
+            for row, found in zip(rows, neighbours(subject, data, chosen)):
+                row.extend(to_picture(x) for x in found)
             titles.append((3, "nearest neighbours in the training split"))
         mse = (painted - chosen).square().mean().item()
         info = data.source("test").info
@@ -49,7 +49,7 @@ class ReconstructionGrid:
         )
 
 
-def _neighbours(subject: Subject, data: EvalData, queries: Tensor) -> list[Tensor]:
+def neighbours(subject: Subject, data: EvalData, queries: Tensor) -> list[Tensor]:
     """The training images (of 20,000 at most) nearest to each query by cosine."""
     encoder = subject.get(ImageFeatures)
     query = normalize(encoder.image_features(queries), dim=1)

@@ -40,12 +40,12 @@ def rerank(
     own_captions = corpus.owner[captions] == every[:, None]
     own_images = images[corpus.text] == corpus.owner[:, None]
     return (
-        _new_ranks(scores_of(of_images), own_captions, ranks[0]),
-        _new_ranks(scores_of(of_texts)[corpus.text], own_images, ranks[1]),
+        new_ranks(scores_of(of_images), own_captions, ranks[0]),
+        new_ranks(scores_of(of_texts)[corpus.text], own_images, ranks[1]),
     )
 
 
-def _new_ranks(scores: Tensor, own: Tensor, before: Tensor) -> Tensor:
+def new_ranks(scores: Tensor, own: Tensor, before: Tensor) -> Tensor:
     """(Q,) from scores (Q, k) of candidates and whether they are the query's own (Q, k)."""
     best = scores.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
     place = 1 + (~(scores < best) & ~own).sum(1)

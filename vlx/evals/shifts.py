@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -46,10 +48,7 @@ def count_consistent(model: ClassLogits, pipeline: EvalPipeline) -> Tensor:
             continue
         images, labels = batch["image"], batch["label"]
         copies = [images, *shifted(images, number * pipeline.world + pipeline.rank)]
-        plain, first, second = (model.class_logits(copy).argmax(1) for copy in copies)
-        right = [found == labels for found in (plain, first, second)]
-        same = first == second
-        rows = torch.stack([right[0], right[1], same, right[0] & right[1] & right[2]], 1)
+        rows = consistent([model.class_logits(copy).argmax(1) for copy in copies], labels)
         own = pipeline.own(batch["sample_id"])
         counts[:4] += rows[own].sum(0).double().cpu()
         counts[4] += int(own.sum())
@@ -58,6 +57,12 @@ def count_consistent(model: ClassLogits, pipeline: EvalPipeline) -> Tensor:
         dist.all_reduce(counts)
         counts = counts.cpu()
     return counts
+
+
+def consistent(found: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """`(B, 4)` bool: what the columns count, of the classes (B,) of an image and its two shifts."""
+    plain, first, second = (classes == labels for classes in found)
+    return torch.stack([plain, first, found[1] == found[2], plain & first & second], 1)
 
 
 def shifted(images: Tensor, batch_number: int) -> list[Tensor]:
