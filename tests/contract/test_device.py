@@ -265,7 +265,7 @@ ON_DEVICE: dict[str, Callable[[Fakes], Any]] = {
     "tokens": of_logits,
     "budgets": of_logits,
     "shifts": lambda x: consistent([x.labels, x.logits.argmax(1), x.labels], x.labels),
-    "reconstruction": lambda x: neighbours(x, x, x.images),
+    "reconstruction": lambda x: neighbours(x, x, x.images),  # type: ignore[arg-type]
     "zero-shot": lambda x: classify(x.features, x.texts, x.labels),
     "retrieval": lambda x: [
         top_k(x.features, x.texts, x.text, 3),
