@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from timm.layers.patch_embed import PatchEmbed as VitPatchEmbed
 from timm.models import register_model
 from timm.models.twins import Block, PatchEmbed, Twins
 from timm.models.vision_transformer import VisionTransformer
@@ -66,27 +67,26 @@ class CircularConv(nn.Conv2d):
         super().__init__(dim, dim, 3, padding=1, groups=dim, padding_mode="circular")
 
 
-class PolyPatchEmbed(nn.Module):
+class PolyPatchEmbed(VitPatchEmbed):
     """Anchor, patches, LayerNorm, then a residual convolution in the place of a position table."""
 
-    def __init__(
-        self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, **_: Any
-    ) -> None:
-        super().__init__()
+    def __init__(self, *, img_size: int, patch_size: int, embed_dim: int, **arguments: Any) -> None:
         if img_size % patch_size:
             raise ConfigError(
                 f"encoder.image_size={img_size} is no multiple of encoder.patch_size={patch_size}"
             )
-        side = img_size // patch_size
-        self.img_size, self.patch_size = (img_size, img_size), (patch_size, patch_size)
-        self.grid_size, self.num_patches = (side, side), side * side
-        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
-        self.norm = nn.LayerNorm(embed_dim)
+        super().__init__(
+            img_size=img_size,
+            patch_size=patch_size,
+            embed_dim=embed_dim,
+            norm_layer=nn.LayerNorm,
+            **arguments,
+        )
         self.position = CircularConv(embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, 3, H, W) to tokens (B, N, D)."""
-        x = self.proj(polyphase_anchor(x, self.patch_size[0]))
+        x = self.proj(polyphase_anchor(x, self.proj.stride[0]))
         size = (x.shape[2], x.shape[3])
         grid = tokens_to_map(self.norm(map_to_tokens(x)), size)
         return map_to_tokens(grid + self.position(grid))
@@ -113,7 +113,7 @@ class AnchoredPatchEmbed(PatchEmbed):
     """Twins' first patch embedding on anchored images."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        return super().forward(polyphase_anchor(x, self.patch_size[0]))  # type: ignore[index]
+        return super().forward(polyphase_anchor(x, self.proj.stride[0]))  # type: ignore[index]
 
 
 class AnchoredBlock(Block):
