@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlx.core import random
+from vlx.core.fields import ViewOp
 from vlx.ops.resample import Interpolation, crop_resize
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -207,6 +208,25 @@ class GaussianBlur:
         flat = torch.nn.functional.conv2d(flat, taps[:, None, None, :], groups=b * c)
         blurred = flat.reshape(b, c, h, w)
         return torch.where((u[:, 1] < self.p)[:, None, None, None], blurred, images)
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """One of several operations that keep the shape, drawn for every sample with equal chances."""
+
+    ops: tuple[ViewOp, ...]
+
+    @property
+    def draws(self) -> int:
+        return 1 + sum(op.draws for op in self.ops)
+
+    def __call__(self, images: Tensor, sizes: Tensor, u: Tensor, size: int) -> Tensor:
+        chosen = (u[:, 0] * len(self.ops)).to(torch.int64)[:, None, None, None]
+        own = u[:, 1:].split([op.draws for op in self.ops], dim=1)
+        out = images
+        for number, (op, draws) in enumerate(zip(self.ops, own)):
+            out = torch.where(chosen == number, op(images, sizes, draws, size), out)
+        return out
 
 
 @dataclass(frozen=True)
