@@ -24,6 +24,7 @@ from vlx.ops.augment import (
     GaussianBlur,
     Grayscale,
     HorizontalFlip,
+    OneOf,
     RandomCrop,
     RandomErasing,
     RandomResizedCrop,
@@ -42,6 +43,7 @@ OPS = [
     Grayscale(p=0.5),
     Solarize(p=0.5),
     Squeeze(),
+    OneOf((Grayscale(1.0), Solarize(1.0), GaussianBlur(p=1.0))),
 ]
 BATCH = 6
 
@@ -496,3 +498,17 @@ def test_solarising_inverts_what_pillow_inverts() -> None:
     found = Solarize(p=1.0)(levels / 255.0, sizes_of(levels), torch.zeros(1, 1), 256)
     expected = F.solarize(levels, threshold=128) / 255.0
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+def test_one_of_gives_each_sample_exactly_one_result_with_equal_chances() -> None:
+    ops = (Grayscale(1.0), Solarize(1.0), GaussianBlur(p=1.0))
+    choice = OneOf(ops)
+    assert choice.draws == 1 + sum(op.draws for op in ops)
+    x = images(300, 8, 8)
+    u = uniforms(300, choice.draws)
+    found = choice(x, sizes_of(x), u, 8)
+    own = u[:, 1:].split([op.draws for op in ops], dim=1)
+    results = [op(x, sizes_of(x), part, 8) for op, part in zip(ops, own)]
+    same = torch.stack([(found == result).all(dim=(1, 2, 3)) for result in results], dim=1)
+    assert (same.sum(1) == 1).all()
+    assert (same.sum(0) > 80).all()

