@@ -35,6 +35,7 @@ RESULTS = [
     "finished",
     "pictures",
     "counts",
+    "on_training_data",
 ]
 
 
@@ -76,7 +77,7 @@ def results() -> Results:
 
 
 def test_the_schema_is_pinned() -> None:
-    assert SCHEMA_VERSION == 2
+    assert SCHEMA_VERSION == 3
     assert [f.name for f in fields(Metric)] == METRIC
     assert [f.name for f in fields(Results)] == RESULTS
 
@@ -109,7 +110,7 @@ def test_values_are_found_by_name_and_weights() -> None:
         '{"schema_version": 1}',
         json.dumps(asdict(results()) | {"metrics": [{"name": "knn"}]}),
         json.dumps(asdict(results()) | {"metrics": 3}),
-        json.dumps(asdict(results()) | {"schema_version": 3}),
+        json.dumps(asdict(results()) | {"schema_version": 4}),
     ],
 )
 def test_half_written_and_foreign_files_are_named(tmp_path: Path, content: str) -> None:

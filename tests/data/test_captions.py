@@ -23,6 +23,7 @@ from vlx.data.captions import as_bytes, caption_stats, captioned, clean
 from vlx.data.held_out import HeldOut
 from vlx.data.host import BadSamples, Draw, HostDataset, read_batches
 from vlx.data.open import open_source
+from vlx.data.overlap import INCIDENTAL, trained_on
 from vlx.data.source import Captioned, Source
 from vlx.data.subset import Subset, evenly
 
@@ -461,8 +462,10 @@ def test_karpathy_s_splits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     caplog.clear()
     test = opened("test", source="coco", path=str(file))
     assert captions(test, 0) == ["caption 2", "second"]
-    assert "on training data" not in caplog.text  # one file that tells its splits apart
-    with pytest.raises(DataError, match=r"no split 'tets'\. Did you mean test"):
+    assert not trained_on(test, train).any()  # one file that tells its splits apart
+    with pytest.raises(
+        DataError, match=r"no split 'tets', but restval, test, train\. .*test_split=test"
+    ):
         opened("tets", source="coco", path=str(file))
 
 
@@ -595,9 +598,10 @@ def test_a_fifth_of_one_table_is_held_out(tmp_path: Path, caplog: pytest.LogCapt
     assert 10 <= len(test) <= 30
     assert (train.info.split, test.info.split) == ("all:train", "all:test")
     assert train.info.fingerprint != test.info.fingerprint
-    assert "on training data" not in caplog.text
-    opened("all", **{**keys, "test_split": "all"})
-    assert "serves all:train and all: scores are on training data" in caplog.text
+    write_images(tmp_path, *(f"{n}.png" for n in range(100)))
+    train, test, whole = (opened(split, **keys) for split in ("all:train", "all:test", "all"))
+    assert not trained_on(test, train).any()
+    assert trained_on(whole, train).sum() == len(train)
     with pytest.raises(DataError, match=r"split 'all:tset'.*'train' or 'test'"):
         opened("all:tset", **keys)
     with pytest.raises(DataError, match=r"data\.split_column=id: .* has no columns"):
@@ -752,12 +756,16 @@ def test_held_out_names_are_held_out_of_both_vendors(
     names = {part.info.class_names for part in parts.values()}
     assert len(names) == 1
     assert len({part.info.fingerprint for part in parts.values()}) == 4
-    assert "on training data" not in caplog.text
     labels = np.asarray(parts["google:test"].labels())
     assert set(labels.tolist()) == set(range(10))  # every category is in the held-out part
     np.testing.assert_array_equal(labels, parts["twitter:test"].labels())
-    opened("google", **{**emoji, "train_split": "google:train", "test_split": "google"})
-    assert "serves google:train and google: scores are on training data" in caplog.text
+    whole = opened("google", **emoji)
+    assert trained_on(whole, parts["google:train"]).sum() >= len(parts["google:train"])
+    for vendor in ("google", "twitter"):
+        shared = trained_on(parts[f"{vendor}:test"], parts["google:train"])
+        assert shared.mean() <= INCIDENTAL
+    # Artwork that Google gives to several names: flags of Australia and its island, families.
+    assert trained_on(parts["google:test"], parts["google:train"]).sum() == 6
 
 
 def test_a_split_column_is_checked(emoji: dict[str, Any]) -> None:

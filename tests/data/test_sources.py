@@ -62,14 +62,6 @@ def test_a_missing_path_says_what_is_missing(source: str) -> None:
         open_source(config(source=source), "train")
 
 
-def test_one_file_for_two_splits_is_warned_of(caplog: pytest.LogCaptureFixture, tmp_path) -> None:
-    file = save_parquet(tmp_path / "all.parquet", range(4))
-    open_source(config(source="parquet", path=str(file)), "train")
-    assert "on training data" not in caplog.text
-    open_source(config(source="parquet", path=str(file)), "test")
-    assert "on training data" in caplog.text
-
-
 def test_digits_are_not_mirror_safe() -> None:
     assert not open_source(config(), "train").info.mirror_safe
 
@@ -606,7 +598,7 @@ def test_a_saved_dataset_dict_and_its_class_names(tmp_path: Path) -> None:
     assert source.info.class_names == ("ant", "bee")
     assert source.read(0)["label"] == 1
     np.testing.assert_array_equal(pixels(source, 1), picture(5))
-    with pytest.raises(DataError, match=r"no split 'valid'. Did you mean validation"):
+    with pytest.raises(DataError, match=r"no split 'valid', .*Use data\.test_split=validation"):
         open_source(cfg, "valid")
 
 

@@ -29,6 +29,8 @@ class Measured:
     run_dir: str
     metrics: dict[str, float]
     """Of the trained weights; empty for a job that did not finish."""
+    on_training_data: str = ""
+    """As in `results.json`: what was scored that was trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +50,12 @@ class Spread:
 def measure(directory: Path, job: Job) -> Measured:
     """What a job's `results.json` says of its trained weights."""
     metrics: dict[str, float] = {}
+    on_training_data = ""
     if job.state == DONE:
         try:
             results = read_results(directory / job.run_dir)
             metrics = {m.name: m.value for m in results.metrics if m.weights != "untrained"}
+            on_training_data = results.on_training_data
         except VlxError:  # finished, and its results were damaged since: shown without numbers
             pass
     return Measured(
@@ -63,6 +67,7 @@ def measure(directory: Path, job: Job) -> Measured:
         overrides=job.overrides,
         run_dir=str(directory / job.run_dir),
         metrics=metrics,
+        on_training_data=on_training_data,
     )
 
 

@@ -37,6 +37,8 @@ class PastRun:
     value: float | None
     gmacs: float | None
     """Of one image with reduced tokens, where that was measured."""
+    on_training_data: str
+    """As in results.json: what was scored that was trained on."""
     when: str
     directory: str
 
@@ -86,6 +88,7 @@ def past_run(folder: Path) -> PastRun:
         metric=best.name if best else None,
         value=best.value if best else None,
         gmacs=results.value(REDUCED_GMACS, best.weights) if results and best else None,
+        on_training_data=results.on_training_data if results else "",
         when=results.finished if results else record.created,
         directory=str(folder),
     )
@@ -127,6 +130,11 @@ def runs_table(directory: Path, rows: Sequence[PastRun]) -> Table:
 
 
 def _result(row: PastRun) -> str:
+    mark = f" ({row.on_training_data})" if row.on_training_data else ""
+    return _figures(row) + mark
+
+
+def _figures(row: PastRun) -> str:
     if row.value is None:
         return ""
     if row.gmacs is None:

@@ -51,6 +51,9 @@ def summarise(directory: Path, jobs: Sequence[Job], console: Console) -> None:
     path = directory / SUMMARY_FILE
     write_json(path, json.loads(json.dumps(summary)))
     console.print(jobs_table(directory.name, measured))
+    marked = [job.id.split("-")[0] for job in measured if job.on_training_data]
+    if marked:
+        console.print(f"scored on training data: {', '.join(marked)}", highlight=False)
     if any(len(group.seeds) > 1 for group in groups) and _unpaired(groups):
         console.print(groups_table(groups))
     if points:

@@ -99,4 +99,5 @@ def _paired_table(results: Results, metrics: Sequence[Metric]) -> Table:
 def _title(results: Results, metrics: Sequence[Metric]) -> str:
     split = metrics[0].split if metrics else "no evaluation"
     length = f", {results.steps} steps" if results.steps else ""
-    return f"{results.method} on {split}{length}"
+    mark = f", {results.on_training_data}" if results.on_training_data else ""
+    return f"{results.method} on {split}{length}{mark}"

@@ -10,8 +10,8 @@ from typing import Any
 from vlx.core.errors import VlxError
 from vlx.core.files import write_json
 
-SCHEMA_VERSION = 2
-_READABLE = (1, 2)  # 2 adds `counts`
+SCHEMA_VERSION = 3
+_READABLE = (1, 2, 3)  # 2 adds `counts`, 3 `on_training_data`
 FILE_NAME = "results.json"
 
 
@@ -61,6 +61,9 @@ class Results:
     """Paths relative to the run directory."""
     counts: dict[str, list[int]] = field(default_factory=dict)
     """`<evaluator>/<what>` by layer, e.g. tokens/tokens-in-mlp."""
+    on_training_data: str = ""
+    """Where samples that were trained on were scored: "scored on training data: how many of how
+    many, of what"."""
 
     def write(self, run_dir: Path) -> Path:
         """Write `results.json` of a run directory atomically."""

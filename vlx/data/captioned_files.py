@@ -32,9 +32,6 @@ class Listing:
     faults: dict[str, list[str]] = field(default_factory=dict)
     """What was left out: kind of fault to the names of those that have it."""
 
-    extra: dict[str, str] = field(default_factory=dict)
-    """Of `SourceInfo`."""
-
     def fault(self, kind: str, name: object) -> None:
         self.faults.setdefault(kind, []).append(str(name))
 
@@ -67,7 +64,7 @@ def listing_index(
         arrays["firsts"] = np.cumsum([0, *map(len, texts)], dtype=np.int64)
         content = hashlib.sha256(b"\0".join(names))
         content.update(arrays["firsts"].tobytes() + arrays["texts"].tobytes())
-        meta = {"note": listing.note, "extra": listing.extra, "digest": content.hexdigest()}
+        meta = {"note": listing.note, "digest": content.hexdigest()}
         return Index(arrays, meta)
 
     content = files_fingerprint(files[0].parent, files)
@@ -98,9 +95,8 @@ class CaptionedFiles:
             split=split,
             num_samples=len(self),
             fields=("image", "caption") if self._has_texts else ("image",),
-            fingerprint=combined([index.meta["digest"]], self._contents()),
+            fingerprint=combined([index.meta["digest"]], self.contents()),
             mirror_safe=mirror_safe,
-            extra=index.meta["extra"],
         )
 
     def __len__(self) -> int:
@@ -122,7 +118,7 @@ class CaptionedFiles:
     def labels(self) -> np.ndarray | None:
         return None
 
-    def _contents(self) -> np.ndarray:
+    def contents(self) -> np.ndarray:
         """(N, 32) uint8: digests of the images."""
         return content_digests(self._root, [self.describe(row) for row in range(len(self))])
 

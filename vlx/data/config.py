@@ -35,6 +35,8 @@ class DataConfig:
     val_split: str | None = None
     """Split that evaluations during training are on, in the source's own words; null takes the test
     split. Held-out fifths of the training split: train_split=NAME:train, val_split=NAME:test."""
+    test_on_train: bool = False
+    """Score samples that were trained on, and mark the results; false refuses them."""
     image_column: str = "image"
     """Column (or file extension) that holds the image."""
     label_column: str = "label"

@@ -10,6 +10,7 @@ import numpy as np
 
 from vlx.core.errors import DataError
 from vlx.data.cache import digest
+from vlx.data.overlap import contents_of
 from vlx.data.source import Sample, Source
 
 
@@ -63,6 +64,11 @@ class Joined:
     def domains(self) -> np.ndarray:
         """(N,) int64: every sample's domain, a place in `info.domain_names`."""
         return self._domains
+
+    def contents(self) -> np.ndarray | None:
+        """As `HasContents`; None where one of the sources does not know."""
+        found = [own for source in self._sources if (own := contents_of(source)) is not None]
+        return np.concatenate(found) if len(found) == len(self._sources) else None
 
     def column(self, name: str) -> Iterable[bytes | None]:
         """As `held_out.HasColumns`; only where the sources are."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 from pathlib import Path
 
 from vlx.core.errors import DataError, nearest
@@ -12,9 +11,7 @@ from vlx.data.config import DataConfig
 from vlx.data.few_shot import select
 from vlx.data.held_out import HeldOut, split_name, whole_splits
 from vlx.data.labels import check_labels
-from vlx.data.source import Source, SourceInfo
-
-log = logging.getLogger("vlx")
+from vlx.data.source import Source
 
 # kind -> (module, class or function, what it reads)
 SOURCES: dict[str, tuple[str, str, str]] = {
@@ -64,23 +61,4 @@ def open_source(cfg: DataConfig, split: str) -> Source:
     check_labels(source)
     if cfg.class_names is not None:
         source = renamed(source, Path(cfg.class_names).expanduser())
-    if split == cfg.test_split and _on_training_data(cfg, source.info):
-        log.warning(f"{cfg.path} serves {cfg.train_split} and {split}: scores are on training data")
     return select(source, cfg, split)
-
-
-def _on_training_data(cfg: DataConfig, info: SourceInfo) -> bool:
-    """Whether the test split, by another word, holds samples of the training split."""
-    train, train_side = split_name(cfg, cfg.train_split)
-    test, test_side = split_name(cfg, cfg.test_split)
-    if cfg.train_split == cfg.test_split or (train_side and test_side and train_side != test_side):
-        return False
-    return train == test or (_one_file(cfg) and "splits" not in info.extra)
-
-
-def _one_file(cfg: DataConfig) -> bool:
-    """Whether the path cannot tell splits apart."""
-    if cfg.path is None:
-        return False
-    pattern = cfg.source == "webdataset" and "{split}" not in cfg.path
-    return Path(cfg.path).expanduser().is_file() or (pattern and not Path(cfg.path).is_dir())

@@ -28,7 +28,7 @@ class SourceInfo:
     domain_names: tuple[str, ...] = ()
     """Of a source that knows the domain of every sample, and so is `WithDomains`."""
     extra: dict[str, str] = field(default_factory=dict)
-    """What else is known; `splits` says that a single file tells its splits apart."""
+    """What else is known; `image`, the column of images, where there are several to choose from."""
 
     @property
     def num_classes(self) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 
 from vlx.data.captions import HasTexts, Text
 from vlx.data.content import combined
+from vlx.data.overlap import contents_of
 from vlx.data.source import Sample, Source, SourceInfo
 
 
@@ -48,6 +49,11 @@ class Subset:
     def domains(self) -> np.ndarray:
         """As `WithDomains`; only where the source is."""
         return self._source.domains()[self._indices]  # type: ignore[attr-defined]
+
+    def contents(self) -> np.ndarray | None:
+        """As `HasContents`; None where the source does not know."""
+        whole = contents_of(self._source)
+        return None if whole is None else whole[self._indices]
 
     def texts(self, index: int) -> list[Text]:
         """The captions as they are stored, where the source can show them."""

@@ -41,6 +41,7 @@ from vlx.engine.evaluate import Outcome, run_evaluators
 from vlx.engine.load import from_dict, read_config, run_config
 from vlx.engine.log import log_to
 from vlx.engine.parallel import Parallel
+from vlx.engine.scored_samples import check_evaluation
 from vlx.engine.text import run_tokenizer
 from vlx.evals.base import EvalData, Subject, absent, lacking
 from vlx.evals.feature_cache import FeatureCache
@@ -113,6 +114,7 @@ def _evaluate(run_dir: Path, cfg: RunConfig, parallel: Parallel, record: rundir.
         missing = lacking(evaluator(name), data.source("test"))
         if missing:
             raise DataError(f"{info.name} has no {missing}, which {name} needs")
+    on_training_data = check_evaluation(cfg, data)
     subject, module = _with_classes(cfg, data)
     info = data.source("test").info
     _check_capabilities(cfg.eval.at_end, subject)
@@ -134,6 +136,7 @@ def _evaluate(run_dir: Path, cfg: RunConfig, parallel: Parallel, record: rundir.
         results.weights_checksum = checksum
         results.data_fingerprint = info.fingerprint
         results.bad_samples = data.num_bad
+        results.on_training_data = on_training_data
         results.hardware = hardware(str(parallel.device), parallel.world)
         results.wall_time_s = round(time.monotonic() - started, 2)
         results.write(run_dir)

@@ -41,6 +41,7 @@ from vlx.engine.load import read_config, run_config
 from vlx.engine.log import log_to
 from vlx.engine.loop import Hooks, Trainer
 from vlx.engine.parallel import Parallel
+from vlx.engine.scored_samples import check_run
 from vlx.engine.signals import StopRequest, stop_on_signals
 from vlx.engine.text import make_tokenizer
 from vlx.evals.base import EvalData, Subject
@@ -152,6 +153,7 @@ class Run:
         self.eval_data = self.during_data = self._eval_data(cfg.data)
         if cfg.data.val_split is not None:
             self.during_data = self._eval_data(replace(cfg.data, test_split=cfg.data.val_split))
+        self.on_training_data = check_run(cfg, source, self.eval_data, self.during_data)
         start = snapshot.step if snapshot else 0
         self.record.total_steps, self.record.step = total, start
         self._open_track(start)
@@ -301,7 +303,8 @@ class Run:
         self.track.log(step, {f"eval/{m.name}": m.value for m in outcome.metrics})
         for picture in outcome.pictures:
             self.track.picture(step, f"pictures/{picture.stem}", picture)
-        rows = [[m.name, m.weights, m.value, m.split, m.protocol] for m in metrics]
+        mark = " (training data)" if self.on_training_data else ""
+        rows = [[m.name, m.weights, m.value, m.split + mark, m.protocol] for m in metrics]
         self.track.table(step, "results", ["metric", "weights", "value", "split", "protocol"], rows)
 
     def _write_results(
@@ -343,4 +346,5 @@ class Run:
             peak_memory_mb=round(peak, 1),
             finished=rundir.now(),
             pictures=[str(p.relative_to(self.run_dir)) for p in all_pictures],
+            on_training_data=self.on_training_data,
         ).write(self.run_dir)

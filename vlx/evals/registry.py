@@ -26,6 +26,9 @@ EVALUATORS: dict[str, tuple[str, str, str]] = {
     "caption": ("caption", "CaptionQuality", "BLEU, ROUGE-L and CIDEr of captions"),
 }
 
+FITTED = ("knn", "linear-probe")
+"""Evaluators that fit on the training split of the data, whatever the weights were trained on."""
+
 
 def evaluator(name: str) -> Evaluator:
     """The evaluator of a name; an unknown one raises `ConfigError` with the nearest."""

@@ -199,7 +199,7 @@ def _columns(
 def _only(listing: Listing, images: Path) -> Listing:
     """The images that a list names, with or without their suffixes, in the listing's order."""
     named = dict.fromkeys(line.strip() for line in _lines(images) if line.strip())
-    result = Listing(faults=listing.faults, extra={"splits": "by lists of images"})
+    result = Listing(faults=listing.faults)
     found: set[str] = set()
     for name, texts in zip(listing.names, listing.texts):
         for written in (name, name.rpartition(".")[0]):

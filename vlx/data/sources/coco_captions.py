@@ -11,6 +11,7 @@ from vlx.core.errors import DataError, nearest
 from vlx.data.captioned_files import CaptionedFiles, Listing, folders_in, listing_index
 from vlx.data.captions import Text, as_texts
 from vlx.data.config import DataConfig
+from vlx.data.split_hint import split_hint
 
 _KARPATHY = ("dataset_coco.json", "dataset_flickr30k.json", "dataset_flickr8k.json")
 
@@ -29,7 +30,7 @@ class CocoCaptions(CaptionedFiles):
     def __init__(self, cfg: DataConfig, split: str) -> None:
         file = _find(cfg, split)
         column = cfg.caption_column
-        index = listing_index([file], [column, split], lambda: _read(file, split, column))
+        index = listing_index([file], [column, split], lambda: _read(file, split, cfg))
         super().__init__(index, file, _image_folders(file), split, cfg.mirror_safe)
 
 
@@ -64,7 +65,8 @@ def _image_folders(file: Path) -> Iterator[Path]:
     yield from folders_in(base)
 
 
-def _read(file: Path, split: str, column: str) -> Listing:
+def _read(file: Path, split: str, cfg: DataConfig) -> Listing:
+    column = cfg.caption_column
     try:
         content = json.loads(file.read_bytes().decode("utf-8-sig", "surrogateescape"))
     except ValueError as error:
@@ -73,8 +75,7 @@ def _read(file: Path, split: str, column: str) -> Listing:
     if not isinstance(images, list):
         raise DataError(f"{file} has no list 'images': it is neither COCO's nor Karpathy's file")
     if any(isinstance(image, dict) and "sentences" in image for image in images[:1]):
-        key = "raw" if column == DataConfig.caption_column else column
-        return _read_karpathy(images, file, split, key)
+        return _read_karpathy(images, file, split, cfg)
     annotations = content.get("annotations")
     return _read_published(images, annotations if isinstance(annotations, list) else [], column)
 
@@ -110,13 +111,17 @@ def _id(entry: object, key: str) -> int | str | None:
     return value if isinstance(value, int | str) else None
 
 
-def _read_karpathy(images: list[Any], file: Path, split: str, key: str) -> Listing:
-    listing, seen = Listing(extra={"splits": "named in the file"}), set[str]()
+def _read_karpathy(images: list[Any], file: Path, split: str, cfg: DataConfig) -> Listing:
+    key = "raw" if cfg.caption_column == DataConfig.caption_column else cfg.caption_column
+    listing, seen = Listing(), set[str]()
     parts = {str(image.get("split")) for image in images if isinstance(image, dict)}
     wanted = split.split("+")
     for word in wanted:
         if word not in parts:
-            raise DataError(f"{file} has no split '{word}'. {nearest(word, parts)}")
+            raise DataError(
+                f"{file} has no split '{word}', but {', '.join(sorted(parts))}. "
+                f"{split_hint(cfg, word, sorted(parts))}"
+            )
     sentences: list[Any] = []
     for image in images:
         if not isinstance(image, dict) or not isinstance(image.get("filename"), str):

@@ -11,6 +11,7 @@ import numpy as np
 from vlx.core.errors import DataError
 from vlx.data.config import DataConfig
 from vlx.data.content import combined
+from vlx.data.overlap import image_digests
 from vlx.data.source import Sample, SourceInfo
 
 _TEST_EVERY = 5  # every fifth scan is the test split: 359 of 1797
@@ -57,6 +58,10 @@ class Digits:
 
     def describe(self, index: int) -> str:
         return f"digits row {self._ids[index]}"
+
+    def contents(self) -> np.ndarray:
+        """(N, 32) uint8: digests of the pixels."""
+        return image_digests(image.tobytes() for image in self._images)
 
     def labels(self) -> np.ndarray:
         return self._labels

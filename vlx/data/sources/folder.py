@@ -20,6 +20,7 @@ from vlx.data.config import DataConfig
 from vlx.data.content import RACY_NS, combined, content_digests
 from vlx.data.joined import Joined
 from vlx.data.source import Sample, Source, SourceInfo
+from vlx.data.split_hint import split_hint
 
 log = logging.getLogger("vlx")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -89,11 +90,14 @@ class Folder:
             raise DataError(f"{self.info.name} has no column '{name}': folders have 'file' alone")
         return (os.fsencode(unpack_name(self._index, int(row))) for row in self._rows)
 
+    def contents(self) -> np.ndarray:
+        """(N, 32) uint8: digests of the image files."""
+        return content_digests(self._root, [self.describe(index) for index in range(len(self))])
+
     def _fingerprint(self) -> str:
         """Digest of all names, which hold the labels, and of what the files hold."""
         names = (os.fsencode(unpack_name(self._index, int(row))) for row in self._rows)
-        files = [self.describe(index) for index in range(len(self))]
-        return combined(names, content_digests(self._root, files))
+        return combined(names, self.contents())
 
 
 def _find_split(cfg: DataConfig, split: str) -> tuple[Path, str]:
@@ -107,15 +111,15 @@ def _find_split(cfg: DataConfig, split: str) -> tuple[Path, str]:
         return root / split, "all"
     folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
     splits = [name for name in folders if name.lower() in (*_SPLIT_NAMES, cfg.train_split)]
-    key = "data.test_split" if split == cfg.test_split else "data.train_split"
     if splits:
         raise DataError(
-            f"{root} has no folder '{split}', but {', '.join(splits)}. Use {key}={splits[-1]}"
+            f"{root} has no folder '{split}', but {', '.join(splits)}. "
+            f"{split_hint(cfg, split, splits)}"
         )
     if split not in ("train", "test", "all"):
         raise DataError(
             f"{root} has no folder '{split}'. {nearest(split, folders)} A tree without split "
-            f"folders has {key}=train, test and all"
+            "folders has the splits train and test, and all, which is both"
         )
     return root, split
 

@@ -18,6 +18,7 @@ from vlx.data.cache import Index, cached_index, digest
 from vlx.data.config import DataConfig
 from vlx.data.content import code_digest, files_fingerprint
 from vlx.data.noise import swapped
+from vlx.data.overlap import image_digests
 from vlx.data.source import Sample, SourceInfo
 from vlx.data.variant import check_range, parse_variant
 
@@ -132,6 +133,11 @@ class Glyphs:
 
     def labels(self) -> np.ndarray:
         return self._labels
+
+    def contents(self) -> np.ndarray:
+        """(N, 32) uint8: a digest for each character of each face, which is what is drawn."""
+        faces = [self.info.domain_names[face] for face in self._domains]
+        return image_digests(f"{c} {face}".encode() for c, face in zip(self._codes.tolist(), faces))
 
     def domains(self) -> np.ndarray:
         """(N,) int64: every sample's face, a place in `info.domain_names`."""

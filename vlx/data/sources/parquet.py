@@ -19,6 +19,7 @@ from vlx.data.config import DataConfig
 from vlx.data.content import files_fingerprint
 from vlx.data.labels import class_indices
 from vlx.data.source import Sample, SourceInfo
+from vlx.data.split_hint import split_hint
 
 if TYPE_CHECKING:
     import datasets
@@ -41,7 +42,7 @@ class Parquet:
         import datasets
 
         datasets.disable_progress_bars()
-        table, files = _open(cfg.path, split)
+        table, files = _open(cfg, split)
         captions = _check_columns(cfg, table, files[0])
         if isinstance(table.features[cfg.image_column], datasets.Image):
             table = table.cast_column(cfg.image_column, datasets.Image(decode=False))
@@ -71,6 +72,7 @@ class Parquet:
             class_names=names,
             fingerprint=_fingerprint(files, self._images, cfg.image_column),
             mirror_safe=cfg.mirror_safe,
+            extra={"image": cfg.image_column},
         )
         if captions:
             self._texts = table.select_columns([captions]).with_format("arrow")
@@ -124,12 +126,12 @@ class Parquet:
         return self._labels
 
 
-def _open(path: str | None, split: str) -> tuple[datasets.Dataset, list[Path]]:
+def _open(cfg: DataConfig, split: str) -> tuple[datasets.Dataset, list[Path]]:
     import datasets
 
-    if path is None:
+    if cfg.path is None:
         raise DataError("data.path is missing: a Parquet or Arrow file, or a folder of them")
-    root = Path(path).expanduser()
+    root = Path(cfg.path).expanduser()
     for saved in (root / split, root):
         if (saved / "state.json").is_file():
             table = datasets.load_from_disk(str(saved))
@@ -137,7 +139,10 @@ def _open(path: str | None, split: str) -> tuple[datasets.Dataset, list[Path]]:
             return table, sorted(saved.glob("*.arrow"))
     if (root / "dataset_dict.json").is_file():
         splits = json.loads((root / "dataset_dict.json").read_text())["splits"]
-        raise DataError(f"{root} has no split '{split}'. {nearest(split, splits)}")
+        raise DataError(
+            f"{root} has no split '{split}', but {', '.join(splits)}. "
+            f"{split_hint(cfg, split, splits)}"
+        )
     files = _files(root, split)
     kind = "parquet" if files[0].suffix == ".parquet" else "arrow"
     names = [str(file) for file in files if file.suffix == files[0].suffix]
@@ -234,7 +239,7 @@ def _labels(
     train = values
     if split != cfg.train_split:
         with suppress(DataError):  # without a training split, this one numbers its own
-            train = np.asarray(_open(cfg.path, cfg.train_split)[0][cfg.label_column])
+            train = np.asarray(_open(cfg, cfg.train_split)[0][cfg.label_column])
     return class_indices(values, train, split)
 
 
@@ -248,7 +253,7 @@ def _by_name(
         return labels, names
     train = None
     with suppress(DataError):  # without a training split, this one numbers its own
-        train = _open(cfg.path, cfg.train_split)[0].features.get(cfg.label_column)
+        train = _open(cfg, cfg.train_split)[0].features.get(cfg.label_column)
     numbered = tuple(train.names) if isinstance(train, datasets.ClassLabel) else ()
     return as_training(labels, names, numbered, split)
 

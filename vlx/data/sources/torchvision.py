@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from PIL import Image
 from vlx.core.errors import DataError, nearest
 from vlx.data.config import DataConfig
 from vlx.data.content import combined, content_digests
+from vlx.data.overlap import image_digests
 from vlx.data.source import Sample, SourceInfo
 
 # How each class takes its split: train=True/False, split=NAME, or not at all (split `all`).
@@ -38,6 +41,7 @@ class Torchvision:
             )
         self._data = _open(cfg, cfg.variant, split)
         self._variant, self._split = cfg.variant, split
+        self._root = Path(cfg.path or _DEFAULT_ROOT)
         targets = _targets(self._data)
         self._labels = None if (targets < 0).all() else targets
         self.info = SourceInfo(
@@ -46,9 +50,7 @@ class Torchvision:
             num_samples=len(self._data),
             fields=("image",) if self._labels is None else ("image", "label"),
             class_names=() if self._labels is None else _class_names(self._data, targets),
-            fingerprint=_fingerprint(
-                self._data, cfg.variant, Path(cfg.path or _DEFAULT_ROOT), targets
-            ),
+            fingerprint=_fingerprint(self._data, cfg.variant, self._root, targets),
             mirror_safe=cfg.variant not in _NOT_MIRROR_SAFE,
         )
 
@@ -64,6 +66,29 @@ class Torchvision:
 
     def describe(self, index: int) -> str:
         return f"{self._variant} {self._split} {index}"
+
+    def column(self, name: str) -> Iterator[bytes | None]:
+        """`file`: every image's path below the root, the same wherever that lies."""
+        files = [] if _in_memory(self._data) else _files(self._data, self._variant)
+        if name != "file" or len(files) != len(self):
+            raise DataError(
+                f"data.split_column: {self._variant} has no column '{name}'"
+                + (": it has 'file' alone" if len(files) == len(self) else "")
+            )
+        return (os.path.relpath(file, self._root).encode() for file in files)
+
+    def contents(self) -> np.ndarray:
+        """(N, 32) uint8: digests of the pixels where all are in memory, or else of the files.
+
+        One file that holds every image (PCAM) is told apart by the row.
+        """
+        if _in_memory(self._data):
+            return image_digests(np.asarray(image).tobytes() for image in self._data.data)
+        files = _files(self._data, self._variant)
+        found = content_digests(self._root, files)
+        if len(files) == len(self):
+            return found
+        return image_digests(found.tobytes() + str(row).encode() for row in range(len(self)))
 
     def labels(self) -> np.ndarray | None:
         return self._labels
@@ -83,8 +108,8 @@ def _open(cfg: DataConfig, variant: str, split: str) -> Any:
         words["split"] = split
     elif split != "all":
         raise DataError(
-            f"{variant} has no split '{split}': torchvision has it whole. "
-            "Use data.train_split=all data.test_split=all"
+            f"{variant} has no split '{split}': torchvision has it whole. To hold a fifth out: "
+            "data.train_split=all:train data.test_split=all:test data.split_column=file"
         )
     try:
         return cls(root, **words)
@@ -118,11 +143,15 @@ def _class_names(data: Any, targets: np.ndarray) -> tuple[str, ...]:
     return tuple(str(i) for i in range(count))
 
 
+def _in_memory(data: Any) -> bool:
+    """Whether all pixels are in an array."""
+    return hasattr(getattr(data, "data", None), "shape")
+
+
 def _fingerprint(data: Any, variant: str, root: Path, targets: np.ndarray) -> str:
     """Digest of labels and of pixels, where all are in memory, or else of the files."""
-    pixels = getattr(data, "data", None)
-    if pixels is not None and hasattr(pixels, "shape"):
-        array = np.ascontiguousarray(np.asarray(pixels))
+    if _in_memory(data):
+        array = np.ascontiguousarray(np.asarray(data.data))
         return combined([variant, str(array.shape), targets.tobytes(), array.tobytes()])
     return combined([variant, targets.tobytes()], content_digests(root, _files(data, variant)))
 

@@ -89,7 +89,7 @@ class WebDataset:
             class_names=names,
             fingerprint=self._index.meta["digest"],
             mirror_safe=cfg.mirror_safe,
-            extra={"shards": str(len(self._shards))},
+            extra={"shards": str(len(self._shards)), "image": cfg.image_column},
         )
 
     def __len__(self) -> int:

@@ -11,6 +11,7 @@ from vlx.core.errors import DataError
 from vlx.data.config import DataConfig
 from vlx.data.content import code_digest, combined
 from vlx.data.noise import swapped
+from vlx.data.overlap import image_digests
 from vlx.data.source import Sample, SourceInfo
 from vlx.data.sources.scenes.draw import draw_scene
 from vlx.data.sources.scenes.questions import Question, questions
@@ -100,6 +101,11 @@ class Scenes:
 
     def labels(self) -> np.ndarray:
         return np.array([self._label(index) for index in range(len(self))], dtype=np.int64)
+
+    def contents(self) -> np.ndarray:
+        """(N, 32) uint8: a digest for each scene, of what its picture is a function of."""
+        words = f"{self.options.seed} {self.options.objects} {self.options.side}"
+        return image_digests(f"{words} {number}".encode() for number in self._numbers.tolist())
 
     def scene(self, index: int) -> Scene:
         """The objects, their attributes and places, the relations and the camera of a sample."""
