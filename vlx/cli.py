@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from vlx import __version__
 from vlx.core.errors import EXIT_USER_ERROR, VlxError
+from vlx.core.plain import PlainConsole, plain
 
 app = typer.Typer(
     pretty_exceptions_enable=False,
@@ -22,8 +22,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Look at data: what there is, what it holds.")
 app.add_typer(data_app, name="data")
-console = Console(emoji=False)  # rich would print the split of "google:train: 8" as a train
-errors = Console(stderr=True, emoji=False)
+console = PlainConsole()
+errors = PlainConsole(stderr=True)
 
 
 def _complete(what: str) -> Callable[[typer.Context, str], list[Any]]:
@@ -296,7 +296,7 @@ def data_preview(
     from vlx.commands.data import preview
 
     file = preview(method, preset, rest or [], out or Path(f"preview-{method}.png"), samples)
-    console.print(f"picture: {file}", highlight=False, soft_wrap=True)
+    console.print(f"picture: {file}", soft_wrap=True)
 
 
 def main() -> None:
@@ -318,8 +318,8 @@ def main() -> None:
 
 
 def _say_error(text: str) -> None:
-    line = " ".join(text.split())
-    errors.print(f"[bold red]error:[/] {escape(line)}", highlight=False, soft_wrap=True)
+    line = plain(" ".join(text.split()))
+    errors.print(Text.assemble(("error:", "bold red"), " ", line), soft_wrap=True)
 
 
 class _StderrHandler(logging.Handler):
@@ -329,4 +329,4 @@ class _StderrHandler(logging.Handler):
         super().__init__(logging.WARNING)
 
     def emit(self, record: logging.LogRecord) -> None:
-        errors.print(f"[yellow]{escape(record.getMessage())}[/]", highlight=False, soft_wrap=True)
+        errors.print(record.getMessage(), style="yellow", soft_wrap=True)

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from vlx.commands.start import Line, start
+from vlx.core.plain import PlainConsole
 
 # The cheapest run with a number in its results.
 CHEAP = ("track=none", "train.steps=2", "eval.at_end=[knn]", "eval.compare_untrained=false")
@@ -16,7 +17,7 @@ CHEAP = ("track=none", "train.steps=2", "eval.at_end=[knn]", "eval.compare_untra
 
 def text_console() -> Console:
     """A wide console whose text is read with `console.file.getvalue()`."""
-    return Console(file=io.StringIO(), width=200)
+    return PlainConsole(file=io.StringIO(), width=200)
 
 
 def text_of(console: Console) -> str:

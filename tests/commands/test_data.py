@@ -13,6 +13,7 @@ from rich.console import Console
 from tests.data.make import HTML, encode, image_tree, picture
 from vlx.commands.data import data_config, list_sources, preview, show
 from vlx.core.errors import ConfigError, DataError
+from vlx.core.plain import PlainConsole
 from vlx.data.config import DataConfig
 from vlx.data.open import SOURCES, open_source
 from vlx.data.order import permute
@@ -25,7 +26,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def console() -> Console:
-    return Console(file=io.StringIO(), width=200)
+    return PlainConsole(file=io.StringIO(), width=200)
 
 
 def printed(console: Console) -> str:
@@ -101,7 +102,7 @@ def captioned_table(folder: Path) -> Path:
 
 def test_show_counts_captions_and_shows_some(tmp_path: Path) -> None:
     file = captioned_table(tmp_path / "set")
-    console = Console(file=io.StringIO(), width=200, emoji=False)
+    console = PlainConsole(file=io.StringIO(), width=200)
     show("captions", [f"data.path={file}", "data.train_split=all"], 10, console)
     text = printed(console)
     line = "4 for 4 samples, 1 to 2 a sample (mean 1.33), longest 3 words, duplicates 1, samples"

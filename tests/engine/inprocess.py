@@ -5,14 +5,13 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-from rich.console import Console
-
+from vlx.core.plain import PlainConsole
 from vlx.engine.run import execute
 
 
 def run_here(run_dir: Path) -> tuple[int, str]:
     """Execute a run and return its exit code and what it printed."""
-    console = Console(file=io.StringIO(), width=200)
+    console = PlainConsole(file=io.StringIO(), width=200)
     code = execute(run_dir, console=console)
     assert isinstance(console.file, io.StringIO)
     return code, console.file.getvalue()

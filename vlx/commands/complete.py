@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from vlx.config.paths import GROUPS, group_options, presets
 from vlx.core import registry
 from vlx.core.paper import COMMANDS
+from vlx.core.plain import plain
 
 
 class TypedWords(Protocol):
@@ -68,13 +69,19 @@ def overrides(ctx: TypedWords, incomplete: str) -> list[str]:
 def run_dirs(ctx: TypedWords, incomplete: str) -> list[str]:
     """Run directories under runs/."""
     folders = [*Path("runs").glob("*/run.json"), *Path("runs/sweeps").glob("*/*/run.json")]
-    return [str(f.parent) for f in sorted(folders) if str(f.parent).startswith(incomplete)]
+    return _typeable((file.parent for file in sorted(folders)), incomplete)
 
 
 def sweep_dirs(ctx: TypedWords, incomplete: str) -> list[str]:
     """Sweep directories under runs/."""
     files = sorted(Path("runs/sweeps").glob("*/sweep.jsonl"))
-    return [str(file.parent) for file in files if str(file.parent).startswith(incomplete)]
+    return _typeable((file.parent for file in files), incomplete)
+
+
+def _typeable(folders: Iterable[Path], incomplete: str) -> list[str]:
+    """Those that begin so; not what a terminal would obey where the shell lists it."""
+    names = map(str, folders)
+    return [name for name in names if name.startswith(incomplete) and plain(name) == name]
 
 
 def _typed_equals() -> bool:

@@ -116,11 +116,11 @@ def show(name: str, overrides: Sequence[str], check: int, console: Console) -> N
     if names:
         more = f" and {len(names) - _SHOWN_CLASSES} more" if len(names) > _SHOWN_CLASSES else ""
         shown = ", ".join(names[:_SHOWN_CLASSES])
-        console.print(f"classes: {shown}{more}", highlight=False, soft_wrap=True, markup=False)
+        console.print(f"classes: {shown}{more}", highlight=False, soft_wrap=True)
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        console.print(line, highlight=False, soft_wrap=True)
     for line in bad[:_SHOWN_BAD]:
-        console.print(f"unreadable: {line}", highlight=False, soft_wrap=True, markup=False)
+        console.print(f"unreadable: {line}", highlight=False, soft_wrap=True)
 
 
 def caption_lines(source: Source) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from vlx.config.paths import conf_dir
 from vlx.core.errors import EXIT_OK, EXIT_USER_ERROR, VlxError
@@ -40,9 +41,9 @@ def doctor(console: Console, runs_dir: Path = Path("runs")) -> int:
     findings = examine(runs_dir)
     table = Table("", "", "here", "to mend it, type")
     for finding in findings:
-        mark = "[green]ok[/]" if finding.works else "[yellow]--[/]"
+        mark = Text("ok", style="green") if finding.works else Text("--", style="yellow")
         if not finding.works and finding.essential:
-            mark = "[bold red]no[/]"
+            mark = Text("no", style="bold red")
         table.add_row(mark, finding.about, finding.detail, finding.remedy)
     console.print(table)
     ill = any(finding.essential and not finding.works for finding in findings)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,6 +21,7 @@ from vlx.core.capability import DualEncoder, ImageFeatures, ReducedTokens
 from vlx.core.errors import DataError
 from vlx.core.fields import Batch, Needs
 from vlx.core.method import Method, StepContext, Trainable
+from vlx.core.plain import plain_lines
 from vlx.data.open import open_source
 from vlx.data.shards import not_fetched
 from vlx.engine.build import SOME_CLASSES, builder_of
@@ -170,7 +172,7 @@ def print_dry_run(config: dict[str, Any], console: Console) -> None:
         table.add_row("steps", steps)
         table.add_row("learning rate", _learning_rate(cfg))
     console.print(table)
-    console.print(to_yaml(config), highlight=False, markup=False, soft_wrap=True, end="")
+    console.print(Text(plain_lines(to_yaml(config))), soft_wrap=True, end="")
 
 
 def _steps(cfg: RunConfig) -> tuple[str, int]:

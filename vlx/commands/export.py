@@ -64,7 +64,7 @@ def export(run_dir: Path, out: Path, layout: str, console: Console) -> int:
         raise
     for file in files:
         console.print(f"wrote {file}", highlight=False, soft_wrap=True)
-    console.print(f"load it with {how}", highlight=False, soft_wrap=True, markup=False)
+    console.print(f"load it with {how}", highlight=False, soft_wrap=True)
     return 0
 
 

@@ -43,7 +43,7 @@ def list_methods(
         console.print(methods_table(papers) if papers else "no method passes these filters")
     notes = errors if form != "table" else console
     for problem in problems:
-        notes.print(f"not listed: {problem}", highlight=False, soft_wrap=True, markup=False)
+        notes.print(f"not listed: {problem}", highlight=False, soft_wrap=True)
 
 
 def select(
@@ -211,4 +211,4 @@ def _tiny(slug: str) -> dict[str, Any]:
 
 def _print(console: Console, *lines: str) -> None:
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        console.print(line, highlight=False, soft_wrap=True)

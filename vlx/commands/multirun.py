@@ -43,7 +43,7 @@ def multirun(line: Line, root: Root, console: Console) -> int:
     if line.dry_run:
         for number, cell in enumerate(cells):
             text = f"{job_name(number, cell.swept)}: {' '.join(cell.overrides)}"
-            console.print(text, highlight=False, soft_wrap=True, markup=False)
+            console.print(text, highlight=False, soft_wrap=True)
         return 0
     check_models(cells)
     for cell in cells:

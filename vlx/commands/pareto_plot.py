@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from vlx.commands.pareto import PLAIN_MARK, Point, axis
 from vlx.core.files import write_atomic
+from vlx.core.plain import plain
 
 _COLOURS = {True: "#b3462e", False: "#2a6f97"}  # plain, reduced
 
@@ -38,8 +39,8 @@ def _panel(axes: Axes, points: Sequence[Point], name: str) -> None:
         x, y = axis(point, name), point.top1
         if x is None:
             continue
-        plain = point.mark == PLAIN_MARK
-        colour = _COLOURS[plain]
+        reference = point.mark == PLAIN_MARK
+        colour = _COLOURS[reference]
         if y is None:  # a reference whose weights were not trained: a cost without an accuracy
             axes.axvline(x.mean, color=colour, linestyle=":", label=point.label)
             continue
@@ -49,13 +50,18 @@ def _panel(axes: Axes, points: Sequence[Point], name: str) -> None:
             xerr=x.std,
             yerr=y.std,
             color=colour,
-            marker="*" if plain else "o",
-            markersize=12 if plain else 6,
-            markerfacecolor=colour if plain or name in point.optimal else "white",
+            marker="*" if reference else "o",
+            markersize=12 if reference else 6,
+            markerfacecolor=colour if reference or name in point.optimal else "white",
             capsize=2,
         )
         axes.annotate(
-            point.label, (x.mean, y.mean), xytext=(6, 6), textcoords="offset points", fontsize=8
+            plain(point.label),
+            (x.mean, y.mean),
+            xytext=(6, 6),
+            textcoords="offset points",
+            fontsize=8,
+            parse_math=False,  # a value with two dollars is no formula
         )
         if name in point.optimal:
             front.append((x.mean, y.mean))

@@ -25,12 +25,12 @@ def replay_run(run_dir: Path, console: Console) -> Replay:
     found = replay(run_config(read_config(run_dir)), folders[-1])
     console.print(_table(found))
     evidence = found.evidence
-    console.print(
-        f"gradient norm: {found.grad_norm:g} now, {evidence.grad_norm:g} in the run\n"
-        f"mean losses in the run: {_losses(evidence.losses)}\nweights: {folders[-1]}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    for line in (
+        f"gradient norm: {found.grad_norm:g} now, {evidence.grad_norm:g} in the run",
+        f"mean losses in the run: {_losses(evidence.losses)}",
+        f"weights: {folders[-1]}",
+    ):
+        console.print(line, highlight=False, soft_wrap=True)
     return found
 
 

@@ -12,10 +12,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from vlx.commands.tables import REDUCED_GMACS, figure
 from vlx.core.errors import VlxError
 from vlx.core.names import check_folder_name
+from vlx.core.plain import plain
 from vlx.core.results import FILE_NAME, Metric, Results, read_results
 from vlx.engine import rundir
 
@@ -51,7 +53,7 @@ def list_runs(directory: Path, *, as_json: bool, console: Console, errors: Conso
     else:
         console.print(runs_table(directory, rows) if rows else f"no runs in {directory}")
     for problem in problems:
-        errors.print(f"skipped: {problem}", highlight=False, soft_wrap=True, markup=False)
+        errors.print(f"skipped: {problem}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -121,7 +123,7 @@ def runs_table(directory: Path, rows: Sequence[PastRun]) -> Table:
             Path(row.directory).relative_to(directory).as_posix(),
             f"eval {row.method}" if row.command == "eval" else f"{row.method} {row.preset}",
             str(row.seed),
-            f"[{colour}]{row.state}[/]",
+            Text(plain(row.state), style=colour),
             f"{row.step}/{row.total_steps}",
             _result(row),
             datetime.fromisoformat(row.when).astimezone().strftime("%Y-%m-%d %H:%M"),

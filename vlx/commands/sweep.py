@@ -189,7 +189,7 @@ class Driver:
                 signal.signal(number, handler)
 
     def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+        self.console.print(text, highlight=False, soft_wrap=True)
 
 
 def job_command(run_dir: Path) -> list[str]:

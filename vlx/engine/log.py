@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from vlx.core.plain import PlainFormatter
 from vlx.engine import rundir
 
 log = logging.getLogger("vlx")
@@ -20,7 +21,7 @@ class _RunLog(logging.FileHandler):
 def log_to(run_dir: Path, rank: int) -> None:
     """Send the `vlx` log to the run's log.txt (log-rankN.txt on other processes)."""
     handler = _RunLog(run_dir / rundir.log_file(rank))
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
     for old in [h for h in log.handlers if isinstance(h, _RunLog)]:
         log.removeHandler(old)
         old.close()

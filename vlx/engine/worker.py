@@ -12,6 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from vlx.core.errors import VlxError
+from vlx.core.plain import PlainFormatter, plain
 from vlx.engine import rundir
 from vlx.engine.failure import Failure, report
 from vlx.engine.run import execute
@@ -27,6 +28,7 @@ def main() -> int:
     if rank == 0:
         shown = logging.StreamHandler()
         shown.setLevel(logging.WARNING)
+        shown.setFormatter(PlainFormatter())
         log.addHandler(shown)
     try:
         return execute(run_dir)
@@ -42,7 +44,7 @@ def main() -> int:
             lost_peer=is_lost_peer(error),
         )
     if not report(failure):
-        print(f"error: {failure.message}", file=sys.stderr)
+        print(f"error: {plain(failure.message)}", file=sys.stderr)
     return failure.exit_code
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vlx.core.plain import plain
+
 
 class ConsoleProgress:
     """A rich progress bar on a terminal; one line at each tenth of the run elsewhere."""
@@ -15,15 +17,17 @@ class ConsoleProgress:
         self._progress: Progress | None = None
         if console.is_terminal:
             self._progress = Progress(
-                TextColumn("[bold]{task.description}"),
+                TextColumn("{task.description}", style="bold", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[info]}"),
+                TextColumn("{task.fields[info]}", markup=False),
                 TimeRemainingColumn(),
                 console=console,
             )
             self._progress.start()
-            self._task = self._progress.add_task(title, total=total, completed=start, info="")
+            self._task = self._progress.add_task(
+                plain(title), total=total, completed=start, info=""
+            )
 
     def update(self, step: int, loss: float, images_per_s: float, wait: float) -> None:
         info = f"loss {loss:.4f}  {images_per_s:,.0f} images/s"
