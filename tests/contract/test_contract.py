@@ -29,6 +29,7 @@ from vlx.config.paths import presets
 from vlx.core import registry
 from vlx.core.method import Trainable
 from vlx.data.pipeline import Share
+from vlx.encoders.frozen_towers import frozen_tensors
 from vlx.engine.checkpoint import Snapshot, load, load_optimizer, optimizer_tensors, save
 from vlx.engine.ema import Ema
 from vlx.engine.load import run_config
@@ -221,6 +222,19 @@ def test_checkpoint_round_trip_continues_bit_for_bit(slug: str, tmp_path: Path) 
         assert torch.equal(value, second.state_dict()[name]), name
     for name, value in ema.shadow.items():
         assert torch.equal(value, second_ema.shadow[name]), name
+
+
+def test_frozen_towers_never_change_and_leave_out_nothing_that_does_not(slug: str) -> None:
+    """Checkpoints hold the rest. A fixed table of positions may be in them."""
+    method = build(slug)
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    train(slug, method, [smoke_batch(slug, seed=s) for s in range(2)], optimizer_for(slug, method))
+    trained = {name for name, param in method.named_parameters() if param.requires_grad}
+    found = method.state_dict()
+    still = {name for name in found.keys() - trained if torch.equal(found[name], before[name])}
+    frozen = {name for names in frozen_tensors(method).values() for name in names}
+    assert frozen <= still
+    assert [name for name in still - frozen if not name.endswith("pos_embed")] == []
 
 
 def test_bf16_autocast_stays_finite(slug: str) -> None:

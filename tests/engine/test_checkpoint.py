@@ -206,7 +206,7 @@ def test_foreign_format_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(checkpoint, "FORMAT", 99)
     path = checkpoint.save(tmp_path, snapshot(1))
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="format other than 1"):
+    with pytest.raises(CheckpointError, match="format other than 1 and 2"):
         checkpoint.load(path)
 
 

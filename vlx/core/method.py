@@ -212,6 +212,12 @@ class Trainable(Method):
         """Parameter-name prefixes of what was added to the model, beside what it had itself."""
         return ()
 
+    def frozen_parts(self) -> Sequence[str]:
+        """Names of parts beside those in `blocks.frozen.Frozen` whose untrained weights never
+        change in a run, running statistics neither: they are saved once, not in every checkpoint.
+        """
+        return ()
+
     def step(self, batch: Batch, ctx: StepContext) -> StepOutput:
         """Losses of one batch; called through DDP, so everything trained must be used here."""
         raise NotImplementedError

@@ -21,6 +21,7 @@ from vlx.core.errors import CheckpointError, one_line
 from vlx.core.released import Released
 from vlx.core.text import Tokenizer
 from vlx.encoders.archives import Hollow, read_archive, tensors_of
+from vlx.encoders.frozen_towers import MODEL_FILE, read_model
 from vlx.encoders.released_vit import vit_names
 
 log = logging.getLogger("vlx")
@@ -51,12 +52,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         file = _weights_of_run(file)
         averaged = file.with_name("ema.safetensors")
         if averaged.is_file():
-            return load_file(file) | load_file(averaged)
+            return read_model(file.parent) | load_file(averaged)
     if not file.is_file():
         raise CheckpointError(
             f"no checkpoint at {path}: give a run directory, .safetensors or .pth"
         )
-    state = _read(file)
+    state = read_model(file.parent) if file.name == MODEL_FILE else _read(file)
     for key in ("model", "state_dict", "teacher"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -104,7 +105,7 @@ def read_best(run: Path) -> dict[str, Tensor] | None:
         return None
     folder = run / "checkpoints" / name
     if (folder / "swad.safetensors").is_file():
-        return load_file(folder / "model.safetensors")
+        return read_model(folder)
     return read_weights(folder)
 
 
@@ -115,14 +116,14 @@ def _complete(run: Path) -> list[Path]:
 
 def _weights_of_run(run: Path) -> Path:
     """The newest complete checkpoint's weights of a run or checkpoint directory."""
-    if (run / "model.safetensors").is_file():
-        return run / "model.safetensors"
+    if (run / MODEL_FILE).is_file():
+        return run / MODEL_FILE
     complete = _complete(run)
     if not complete:
         raise CheckpointError(
             f"{run} holds no complete checkpoint (checkpoints/step-*/manifest.json)"
         )
-    return complete[-1] / "model.safetensors"
+    return complete[-1] / MODEL_FILE
 
 
 def encoder_state(state: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:

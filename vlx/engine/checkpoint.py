@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `checkpoints/step-00000123/`: safetensors for every tensor, JSON for the
 rest, and `manifest.json` with sizes and digests, written last. It is made under a temporary name,
-synced to disk and renamed; older ones are removed only after the new one is in place.
+synced to disk and renamed; older ones are removed only after the new one is in place. Towers that
+never change lie beside the checkpoints, once a run (`encoders.frozen_towers`).
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from torch import Tensor
 
 from vlx.core.errors import CheckpointError
 from vlx.core.files import explain_write
+from vlx.encoders.frozen_towers import MODEL_FILE, STATE_FILE, read_model
 
-FORMAT = 1
+FORMAT = 2
+_READ = (1, 2)  # 1 had no frozen towers beside it
 _TMP = ".tmp-"
 _GROUP_STEP = "group_step"
 
@@ -36,6 +39,7 @@ class Snapshot:
 
     step: int
     model: dict[str, Tensor]
+    """Saved without frozen towers, which `state` names; loaded with them."""
     optimizer: dict[str, Tensor]
     """`<parameter name>/<state key>` to tensor."""
     ema: dict[str, Tensor]
@@ -67,7 +71,7 @@ def _write(tmp: Path, snapshot: Snapshot) -> None:
         except SafetensorError as error:  # carries the system's error number as text
             number = re.search(r"os error (\d+)", str(error))
             raise OSError(int(number[1]) if number else 0, str(error)) from error
-    (tmp / "state.json").write_text(json.dumps({"format": FORMAT, **snapshot.state}, indent=1))
+    (tmp / STATE_FILE).write_text(json.dumps({"format": FORMAT, **snapshot.state}, indent=1))
     manifest = {file.name: _digest(file) for file in sorted(tmp.iterdir())}
     for file in tmp.iterdir():
         _sync(file)
@@ -87,7 +91,7 @@ def _replace(tmp: Path, final: Path) -> None:
 
 
 def _parts(snapshot: Snapshot) -> dict[str, dict[str, Tensor]]:
-    parts = {"model.safetensors": snapshot.model, "optimizer.safetensors": snapshot.optimizer}
+    parts = {MODEL_FILE: snapshot.model, "optimizer.safetensors": snapshot.optimizer}
     averages = {"ema.safetensors": snapshot.ema, "swad.safetensors": snapshot.swad}
     return parts | {name: tensors for name, tensors in averages.items() if tensors}
 
@@ -138,15 +142,16 @@ def load(checkpoint: Path) -> Snapshot:
     """Read a checkpoint; a damaged or foreign one raises `CheckpointError`."""
     if not is_complete(checkpoint, digests=True):
         raise CheckpointError(f"{checkpoint} is incomplete or damaged")
-    state = json.loads((checkpoint / "state.json").read_text())
-    if state.pop("format", None) != FORMAT:
+    state = json.loads((checkpoint / STATE_FILE).read_text())
+    if state.pop("format", None) not in _READ:
+        known = " and ".join(map(str, _READ))
         raise CheckpointError(
-            f"{checkpoint} has a format other than {FORMAT}; this vlx cannot read it"
+            f"{checkpoint} has a format other than {known}; this vlx cannot read it"
         )
     ema, swad = (checkpoint / f"{name}.safetensors" for name in ("ema", "swad"))
     return Snapshot(
         step=state["step"],
-        model=load_file(checkpoint / "model.safetensors"),
+        model=read_model(checkpoint),
         optimizer=load_file(checkpoint / "optimizer.safetensors"),
         ema=load_file(ema) if ema.exists() else {},
         state=state,

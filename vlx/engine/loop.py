@@ -18,10 +18,12 @@ from vlx.core.errors import ConfigError, DivergedError, Interrupted, nearest
 from vlx.core.fields import Batch
 from vlx.core.method import Trainable
 from vlx.data.pipeline import TrainPipeline
+from vlx.encoders.frozen_towers import state_of
 from vlx.engine import checkpoint
 from vlx.engine.build import begin_training
 from vlx.engine.config import RunConfig
 from vlx.engine.ema import copy_full
+from vlx.engine.frozen_towers import FrozenTowers
 from vlx.engine.nonfinite import Evidence, save_evidence
 from vlx.engine.optim import build_optimizer, layer_scales, peak_lr
 from vlx.engine.parallel import Parallel
@@ -79,10 +81,11 @@ class Trainer:
         run_dir: Path,
         hooks: Hooks,
         saved_config: dict[str, Any],
+        frozen: FrozenTowers,
     ) -> None:
         self.cfg, self.method, self.pipeline, self.parallel = cfg, method, pipeline, parallel
         self.total_steps, self.run_dir, self.hooks = total_steps, run_dir, hooks
-        self.saved_config = saved_config
+        self.saved_config, self.frozen = saved_config, frozen
         self.checkpoints = run_dir / "checkpoints"
         self.progress = Progress()
         self.module: nn.Module = parallel.wrap(method, cfg.train.compile)
@@ -121,6 +124,7 @@ class Trainer:
     def fit(self) -> None:
         """Train to `total_steps`. Raises `Interrupted` after saving when a signal asks."""
         train = self.cfg.train
+        self.frozen.watch(self.method)
         clock = Clock(train.batch_size // train.accumulate)
         batches = clock.timed(self.pipeline.batches(self.progress.step, self.total_steps))
         for step in range(self.progress.step, self.total_steps):
@@ -262,11 +266,14 @@ class Trainer:
             self.progress.step,
         )
         average = self.average
+        self.frozen.check(self.method)
+        own = self.method.state_dict()
+        changing = {name: own[name] for name in own if name not in self.frozen.tensors}
         self.progress.seconds += time.monotonic() - self._counted
         self._counted = time.monotonic()
         return checkpoint.Snapshot(
             step=step,
-            model=checkpoint.gather(self.method.state_dict(), keep=keep),
+            model=checkpoint.gather(changing, keep=keep),
             optimizer=checkpoint.optimizer_tensors(self.optimizer, keep=keep),
             ema=checkpoint.gather(average.shadow, keep=keep) if average else {},
             swad=checkpoint.gather(average.state(), keep=keep) if isinstance(average, Swad) else {},
@@ -277,6 +284,7 @@ class Trainer:
                 "scaler": scaler.state_dict() if scaler is not None else None,
                 "slug": self.cfg.slug,
                 "config": self.saved_config,
+                **state_of(self.frozen.towers),
             },
         )
 

@@ -37,6 +37,7 @@ from vlx.engine.config import RunConfig
 from vlx.engine.environment import hardware
 from vlx.engine.evaluate import Outcome, run_evaluators
 from vlx.engine.evaluate_encoder import execute_evaluation
+from vlx.engine.frozen_towers import keep_frozen
 from vlx.engine.load import read_config, run_config
 from vlx.engine.log import log_to
 from vlx.engine.loop import Hooks, Trainer
@@ -146,6 +147,8 @@ class Run:
         self.class_names = source.info.class_names
         tokenizer = make_tokenizer(cfg.text, source, self.run_dir, main=parallel.is_main)
         method = build_method(cfg, source, tokenizer, load_weights=snapshot is None)
+        saved = None if snapshot is None else snapshot.model
+        frozen = keep_frozen(self.run_dir, method, saved, main=parallel.is_main)
         pipeline = build_pipeline(cfg, source, type(method), parallel, tokenizer)
         total = total_steps(cfg, pipeline.steps_per_epoch)
         self.eval_data = self.during_data = self._eval_data(cfg.data)
@@ -166,6 +169,7 @@ class Run:
             run_dir=self.run_dir,
             hooks=hooks,
             saved_config=self.values,
+            frozen=frozen,
         )
         self.method = method
         if method.frozen_base:

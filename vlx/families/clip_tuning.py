@@ -153,6 +153,9 @@ class ClipTuning(Trainable):
         self.towers.eval()
         return self
 
+    def frozen_parts(self) -> tuple[str, ...]:
+        return "towers", "logit_scale"
+
     def inserted(self) -> list[str]:
         return [name for name, param in self.named_parameters() if param.requires_grad]
 

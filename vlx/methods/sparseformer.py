@@ -304,6 +304,9 @@ class Sparseformer(Trainable):
         likeness = cosine_similarity(student.float(), teacher.float()).mean()
         return StepOutput({"align": 1 - likeness})
 
+    def frozen_parts(self) -> tuple[str, ...]:
+        return ("student",)  # the last third of its blocks, and the norm
+
     def class_logits(self, images: Tensor) -> Tensor:
         """(B, C), by the ViT's own head."""
         return self.teacher.module.backbone.head(self.encode(images)[:, 0])  # type: ignore[operator]

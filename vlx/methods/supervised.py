@@ -97,6 +97,9 @@ class Supervised(Classifier):
                 if ".head." in f".{name}":
                     param.requires_grad_(True)
 
+    def frozen_parts(self) -> tuple[str, ...]:
+        return ("encoder",) if self.frozen_base else ()
+
     def inserted(self) -> list[str]:
         return [name for name, _ in self.named_parameters() if any(m in name for m in MARKS)]
 

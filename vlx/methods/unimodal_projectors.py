@@ -117,6 +117,9 @@ class UnimodalProjectors(Trainable):
         view = caption_view(cfg.crop_scale, cfg.flip, cfg.rand_augment)
         return Needs(views=(view,), fields=PAIR_FIELDS)
 
+    def frozen_parts(self) -> tuple[str, ...]:
+        return ("towers.text",)
+
     def inserted(self) -> list[str]:
         return [name for name, param in self.named_parameters() if param.requires_grad]
 

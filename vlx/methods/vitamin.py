@@ -109,6 +109,9 @@ class Vitamin(ContrastivePairs):
             self.towers.text.requires_grad_(False)
             self.towers.projection.requires_grad_(False)
 
+    def frozen_parts(self) -> tuple[str, ...]:
+        return () if self.cfg.locked_text is None else ("towers.text", "towers.projection")
+
     @classmethod
     def needs(cls, cfg: VitaminConfig) -> Needs:
         view = caption_view(cfg.crop_scale, flip=0.0)

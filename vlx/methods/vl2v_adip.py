@@ -238,6 +238,9 @@ class Vl2vAdip(Trainable):
         fields = () if cfg.stage is Stage.kl else (LABEL,)
         return Needs(views=(ViewSpec("image", ops=tuple(ops)),), fields=fields)
 
+    def frozen_parts(self) -> tuple[str, ...]:
+        return ("student",) if self.cfg.stage is Stage.align else ()
+
     def inserted(self) -> Sequence[str]:
         return () if self.cfg.stage is Stage.white_box else (f"{_PART}.",)
 
