@@ -24,9 +24,19 @@ _NOT_BUILT = {
 }  # fmt: skip
 
 
+_BETWEEN = " | "  # between the arguments of a kind
+
+
 class _Called(Exception):  # noqa: N818 - carries what the builder was called with
     def __init__(self, cls: type, arguments: dict[str, Any]) -> None:
         self.cls, self.arguments = cls, arguments
+
+
+def timm_names() -> list[str]:
+    """timm's own: a method's backbone is registered too, once its module was imported."""
+    return [
+        n for n in timm.list_models() if timm.model_entrypoint(n).__module__.startswith("timm.")
+    ]
 
 
 def kinds() -> dict[tuple[str, str], list[str]]:
@@ -35,14 +45,30 @@ def kinds() -> dict[tuple[str, str], list[str]]:
     with pytest.MonkeyPatch.context() as patch:
         for module in _timm_modules():
             patch.setattr(module, "build_model_with_cfg", _record)
-        for name in timm.list_models():
+        for name in timm_names():
             try:
                 timm.create_model(name)
             except _Called as call:
                 own = {k: v for k, v in call.arguments.items() if k not in _NOT_BUILT}
-                key = (call.cls.__name__, repr(_without_numbers(own)))
+                parts = sorted(f"{k}={_without_numbers(v)!r}" for k, v in own.items())
+                key = (call.cls.__name__, _BETWEEN.join(parts))
                 found[key].append((sum(_numbers(own)), name))
     return {key: [name for _, name in sorted(names)] for key, names in found.items()}
+
+
+def cover() -> list[str]:
+    """Few names that together have every class and, of each, every value of every argument."""
+    parts = {
+        names[0]: {(cls, part) for part in ("", *arguments.split(_BETWEEN))}
+        for (cls, arguments), names in kinds().items()
+    }
+    left = set().union(*parts.values())
+    chosen = []
+    while left:
+        name = max(parts, key=lambda key: len(parts[key] & left))
+        left -= parts[name]
+        chosen.append(name)
+    return chosen
 
 
 def _record(cls: type, variant: str, pretrained: bool = False, **arguments: Any) -> None:
