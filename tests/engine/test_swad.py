@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -58,37 +60,108 @@ def test_the_mean_is_that_of_all_and_leaves_its_inputs_alone() -> None:
 @pytest.mark.parametrize(
     ("losses", "expected"),
     [
-        # 0.5 is the first that two later ones do not undercut; the threshold is 1.3 * 0.55 = 0.715,
-        # and the last windows are short.
-        (VALLEY, range(2, 7)),
-        # A peak is bridged by a lower loss within six evaluations.
-        ([0.5, 0.5, 0.5, 2.0, 2.0, 2.0, 2.0, 2.0, 0.6], range(9)),
+        # 0.5 is the first that two later ones do not undercut, and 1.3 * 0.55 = 0.715 the
+        # threshold, below which 0.7 lies; the first of the six in sight is 1.0 then, so that what
+        # is looked back at reaches to 0.55. Then the six reach 0.7, before the beginning; the end
+        # takes all but the first of them.
+        (VALLEY, [0, 0, 2, 2, 1, 1, 1]),
+        # As above, long enough: three are looked back at, the first of those that hold left out,
+        # and the beginning is counted again when it is the oldest in sight.
+        ([2.0, 0.7, 0.6, 0.6, 0.5, 0.5, 0.6, 0.6, 0.6, 0.6], [0, 0, 0, 1, 2, 1, 1, 1, 1, 1]),
+        # A valley from the first evaluation on: it is the oldest in sight until there are six.
+        ([0.5, 0.5, 0.5, 2.0, 2.0, 2.0, 2.0, 2.0, 0.6], [3, 2, 2, 1, 1, 1, 1, 1, 1]),
         # From place 3 on six evaluations lie above 0.65: the rest is no part, low or not.
-        ([0.5, 0.5, 0.5, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 0.5], range(3)),
+        ([0.5, 0.5, 0.5, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 0.5], [3, 2, 2, 0, 0, 0, 0, 0, 0, 0]),
         # Still falling: the newest alone.
-        ([1.0, 0.9, 0.8, 0.7], range(3, 4)),
-        ([1.0, 2.0], range(1, 2)),
+        ([1.0, 0.9, 0.8, 0.7], [0, 0, 0, 1]),
+        ([1.0, 2.0], [0, 1]),
     ],
 )
-def test_where_the_valley_begins_and_ends(losses: list[float], expected: range) -> None:
-    assert LossValley().segments(losses) == expected
+def test_where_the_valley_begins_and_ends(losses: list[float], expected: list[int]) -> None:
+    assert LossValley().counts(losses) == expected
 
 
-@pytest.mark.parametrize("rule", [LossValley(), LossValley(1, 2), LossValley(4, 2, 0.1)], ids=str)
-def test_the_mean_that_grows_is_that_of_the_rule_and_keeps_few_segments(rule: LossValley) -> None:
+class PublishedValley:
+    """The authors' rule as their class goes through it, two queues and a mean that is overwritten
+    by what comes first, of scalars in the place of weights."""
+
+    def __init__(self, rule: LossValley) -> None:
+        self.rule = rule
+        self.recent: deque[tuple[int, float]] = deque(maxlen=rule.converge)
+        self.smoothed: deque[tuple[int, float]] = deque(maxlen=rule.tolerance)
+        self.begun: int | None = None
+        self.dead, self.threshold = False, 0.0
+        self.terms: list[int] = []
+        """Segments whose mean the average is; the beginning's copy stands in for none."""
+
+    def evaluated(self, place: int, loss: float) -> None:
+        if self.dead:
+            return
+        self.recent.append((place, loss))
+        self.smoothed.append((place, loss))
+        if self.begun is None:
+            if len(self.recent) == self.rule.converge:
+                self._look_for_a_beginning()
+        elif self.smoothed[0][0] >= self.begun:
+            if min(loss for _, loss in self.smoothed) > self.threshold:
+                self.dead = True
+            else:
+                self.terms.append(self.smoothed[0][0])
+
+    def _look_for_a_beginning(self) -> None:
+        losses = [loss for _, loss in self.recent]
+        if int(np.argmin(losses)) != 0:
+            return
+        self.begun = self.recent[0][0]
+        self.threshold = float(np.mean(losses)) * (1 + self.rule.ratio)
+        surplus = self.rule.tolerance - self.rule.converge
+        if surplus < 0:
+            self.terms += [self.recent[1 + number][0] for number in range(-surplus)]
+        elif surplus > 0:
+            seen, skip = list(self.smoothed)[: surplus + 1], 0
+            for number in reversed(range(len(seen))):
+                if seen[number][1] > self.threshold:
+                    skip = number + 1
+                    break
+            self.terms += [place for place, _ in seen[skip + 1 :]]
+
+    def average(self) -> float:
+        """Of the segments' numbers, if the run ended now."""
+        if self.begun is None:
+            return float(self.recent[-1][0])
+        terms, queue = list(self.terms), list(self.smoothed)[1:]
+        while not self.dead and queue:
+            if min(loss for _, loss in queue) > self.threshold:
+                break
+            terms.append(queue.pop(0)[0])
+        return sum(terms) / len(terms) if terms else float(self.begun)
+
+
+RULES = [LossValley(), LossValley(1, 2), LossValley(4, 2, 0.1), LossValley(3, 3), LossValley(2, 1)]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_the_mean_that_grows_is_the_published_one_and_keeps_few_segments(rule: LossValley) -> None:
     draw = random.Random(0)
-    ends = set()
-    for _ in range(200):
-        losses = [draw.choice([0.5, 0.6, 0.7, 0.9, 2.0]) for _ in range(draw.randint(1, 24))]
-        valley = ValleyMean(rule)
+    ends, looked_back = set(), 0
+    for number in range(400):
+        steps = draw.randint(1, 24)
+        if number % 2:
+            losses = [draw.choice([0.5, 0.6, 0.7, 0.9, 2.0]) for _ in range(steps)]
+        else:  # falls, stays, rises
+            losses = [0.5 + abs(k - steps / 2) / 8 + draw.random() / 4 for k in range(steps)]
+        valley, published = ValleyMean(rule), PublishedValley(rule)
         for place, loss in enumerate(losses):
             valley.add({"w": torch.tensor([float(place), 1.0], dtype=torch.float64)}, loss)
-            assert len(valley.waiting) <= max(rule.converge, rule.tolerance) - 1
-            chosen = list(rule.segments(losses[: place + 1]))
-            expected = torch.tensor([sum(chosen) / len(chosen), 1.0], dtype=torch.float64)
+            published.evaluated(place, loss)
+            assert len(valley.waiting) <= max(rule.converge, rule.tolerance)
+            expected = torch.tensor([published.average(), 1.0], dtype=torch.float64)
             torch.testing.assert_close(valley.mean()["w"], expected)
-        ends.add(rule.segments(losses).stop == len(losses))
+        ends.add(published.dead)
+        start = rule.start(losses)
+        looked_back += any(rule.counts(losses)[:start]) if start is not None else 0
     assert ends == {True, False}
+    assert bool(looked_back) == (rule.tolerance > rule.converge + 1)
 
 
 # --- runs
@@ -140,9 +213,9 @@ def test_a_run_averages_the_segments_of_its_valley(
         "train.keep_last=1",
     )  # fmt: skip
     assert run_here(run_dir)[0] == 0
-    # Segments 2 to 6: steps 5 to 14. The last step belongs to no segment.
+    # Segments 2 to 6: steps 5 to 14, the first two of them twice. The last step belongs to none.
     saved = final(run_dir)
-    for name, value in mean_of(weights[4:14]).items():
+    for name, value in mean_of(weights[4:8] + weights[4:14]).items():
         torch.testing.assert_close(saved.ema[name].double(), value, rtol=1e-5, atol=1e-7)
         assert torch.equal(saved.model[name].double(), weights[14][name])
     assert {m.weights for m in read_results(run_dir).metrics} == {"swad"}
@@ -220,7 +293,7 @@ def test_interrupted_run_goes_on_bit_for_bit(
         assert run_here(run_dir)[0] == 75
     run_here(run_dir)
     assert_same_bits(run_dir, whole)
-    assert final(whole).swad["counts"].tolist() == [0, 2]
+    assert final(whole).swad["counts"].tolist() == [0, 3]  # a beginning that came first
     assert any(name.startswith("inside/") for name in final(whole).swad)
 
 

@@ -205,7 +205,7 @@ class TrainConfig:
     swad: str | None = None
     """Average the weights over the valley of this loss, a metric of the evaluations during training
     on data.val_split: classification/loss (SWAD, Cha et al. 2021). null averages none. Keeps one
-    more copy of what is trained on the device, and up to six on the host and in a checkpoint."""
+    more copy of what is trained on the device, and up to seven on the host and in a checkpoint."""
     evaluation_mode: bool = False
     """Train the network in evaluation mode, as several scripts fine-tune: no dropout, no stochastic
     depth, batch norms by the statistics that they have. Mixup and its like stay as they are."""

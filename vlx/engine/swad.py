@@ -2,7 +2,8 @@
 NeurIPS 2021).
 
 A segment is the stretch between two evaluations; every step of it adds the weights to the segment's
-running mean. The losses found at the segments' ends decide which of the means are averaged again.
+running mean. The losses found at the segments' ends decide which of the means are averaged again,
+as the authors' code decides it.
 """
 
 from __future__ import annotations
@@ -42,10 +43,16 @@ class RunningMean:
 
 @dataclass(frozen=True)
 class LossValley:
-    """Which segments lie in the valley.
+    """How often each segment counts in the average, as the authors' code has it.
 
     `losses` are those of the weights at every segment's end, on held-out data, in order; 0 or more,
-    as a cross-entropy is: the threshold is a multiple of them.
+    as a cross-entropy is: the threshold is a multiple of them. The valley begins at a loss that the
+    `converge - 1` next ones do not undercut. The paper's algorithm averages from there on. The code
+    (github.com/khanrc/swad, `LossValley`) looks back too, over the `tolerance - converge` segments
+    before: after the last of them whose own loss is above the threshold it takes all but the first.
+    From then on it takes the oldest of the last `tolerance` segments at every evaluation, once that
+    is not before the beginning, which so counts twice; a valley that begins among the first
+    evaluations has its beginning counted at each of them until there are `tolerance`.
     """
 
     converge: int = 3
@@ -62,35 +69,77 @@ class LossValley:
                 return place
         return None
 
-    def segments(self, losses: Sequence[float]) -> range:
-        """Places of the segments to average, if no loss followed. At least one loss.
+    def counts(self, losses: Sequence[float]) -> list[int]:
+        """How often each segment counts, if no loss followed. At least one loss.
 
-        Where nothing converges, the last segment alone.
+        While the valley lasts, the newest segments are in it as far as their smoothed losses are
+        below the threshold. Where nothing converges, the last segment alone.
         """
         start = self.start(losses)
         if start is None:
-            return range(len(losses) - 1, len(losses))
-        threshold = (1 + self.ratio) * sum(losses[start : start + self.converge]) / self.converge
-        stop = start
-        while stop < len(losses) and min(losses[stop : stop + self.tolerance]) <= threshold:
-            stop += 1
-        return range(start, stop)
+            return [0] * (len(losses) - 1) + [1]
+        found, ended = self.settled(losses)
+        if not ended:
+            for place in range(self._oldest(len(losses)) + 1, len(losses)):
+                if min(losses[place:]) > self._threshold(losses, start):
+                    break
+                found[place] += 1
+        return found if any(found) else _only(start, len(losses))
+
+    def settled(self, losses: Sequence[float]) -> tuple[list[int], bool]:
+        """How often each segment counts so far, whatever follows, and whether the valley ended."""
+        found, start = [0] * len(losses), self.start(losses)
+        if start is None:
+            return found, False
+        threshold, shown = self._threshold(losses, start), start + self.converge
+        for place in self._at_the_beginning(losses, start, threshold):
+            found[place] += 1
+        for seen in range(shown + 1, len(losses) + 1):
+            oldest = self._oldest(seen)
+            if oldest < start:
+                continue
+            if min(losses[oldest:seen]) > threshold:
+                return (found if any(found) else _only(start, len(losses))), True
+            found[oldest] += 1
+        return found, False
 
     def undecided(self, losses: Sequence[float]) -> range:
-        """Places of the segments that later losses may bring in or leave out."""
-        total, start = len(losses), self.start(losses)
-        if start is None:
-            return range(max(0, total - self.converge + 1), total)
-        first = max(start, total - self.tolerance + 1)  # the first whose window is not full
-        ended = self.segments(losses).stop < first
-        return range(total, total) if ended else range(first, total)
+        """Places of the segments that later losses may count again."""
+        total = len(losses)
+        return range(total if self.settled(losses)[1] else max(0, total - self.kept), total)
+
+    @property
+    def kept(self) -> int:
+        """The most segments that are undecided."""
+        return max(self.converge, self.tolerance)
+
+    def _threshold(self, losses: Sequence[float], start: int) -> float:
+        return (1 + self.ratio) * sum(losses[start : start + self.converge]) / self.converge
+
+    def _oldest(self, seen: int) -> int:
+        """Place of the first of the last `tolerance` segments, where `seen` have come."""
+        return max(0, seen - self.tolerance)
+
+    def _at_the_beginning(self, losses: Sequence[float], start: int, threshold: float) -> range:
+        """Places that count when the valley is found, `converge` losses from its beginning on."""
+        shown, surplus = start + self.converge, self.tolerance - self.converge
+        if surplus <= 0:
+            return range(start + 1, start + 1 - surplus)
+        first = self._oldest(shown)
+        last = min(first + surplus, shown - 1)
+        above = [place for place in range(first, last + 1) if losses[place] > threshold]
+        return range(above[-1] + 2 if above else first + 1, last + 1)
+
+
+def _only(place: int, total: int) -> list[int]:
+    return [int(other == place) for other in range(total)]
 
 
 class ValleyMean:
-    """The mean of the valley's segments, each counted alike, while they still come.
+    """The mean of the segments, each as often as the rule counts it, while they still come.
 
-    Holds that of the segments that are surely inside, and apart the at most
-    max(converge, tolerance) - 1 that the rule has not decided on.
+    Holds that of the segments whose counts are settled, and apart those, at most `rule.kept`, that
+    may count again.
     """
 
     def __init__(self, rule: LossValley) -> None:
@@ -103,18 +152,18 @@ class ValleyMean:
         """segment: the mean weights of the newest one. It is kept, not copied."""
         self.waiting[len(self.losses)] = segment
         self.losses.append(loss)
-        chosen, undecided = self.rule.segments(self.losses), self.rule.undecided(self.losses)
+        (counts, _), undecided = self.rule.settled(self.losses), self.rule.undecided(self.losses)
         for place in [place for place in self.waiting if place not in undecided]:
             decided = self.waiting.pop(place)
-            if place in chosen:
+            for _ in range(counts[place]):
                 self.inside.add(decided)
 
     def mean(self) -> dict[str, Tensor]:
         """What is averaged if no segment follows; at least one came."""
         mean = copy.deepcopy(self.inside)
-        chosen = self.rule.segments(self.losses)
+        counts = self.rule.counts(self.losses)
         for place, segment in self.waiting.items():
-            if place in chosen:
+            for _ in range(counts[place]):
                 mean.add(segment)
         return mean.state
 

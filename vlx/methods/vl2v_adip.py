@@ -16,9 +16,9 @@ reference, of those after 1000 steps).
 Departures: each model normalises images with its own statistics, where the reference code gives
 CLIP ImageNet's. Validation is the mean over all held-out images, there of the domains' means, first
 after 200 steps, there also after one; a fifth is held out by a hash, there at random. A run goes on
-when the valley has ended. Of the segments that SWAD averages the reference counts the first ones
-twice or more, and its second stage lets a segment run on over evaluations (reset after 3000, 4000
-and 5000 steps alone); here each ends with its evaluation and counts once, as the rule says.
+when the valley has ended. SWAD counts segments as the code does (engine/swad.py). A segment ends
+with its evaluation, as in the reference's second stage of ViT-B; its other stages let a segment run
+on (reset after 3000, 4000 and 5000 steps alone).
 `cross_entropy` and `kl` are baselines of ours over the same cosine logits.
 """
 
