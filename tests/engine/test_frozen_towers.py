@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.contract.build import build
+from tests.encoders.make_hf import byte_bpe
 from tests.engine.compare import assert_same_bits, final
 from tests.engine.inprocess import run_here, stop_after
 from tests.engine.processes import make_run
@@ -24,7 +25,9 @@ from vlx.commands.start import Line, start
 from vlx.core.errors import EXIT_INTERRUPTED, CheckpointError, DivergedError, VlxError
 from vlx.core.results import read_results
 from vlx.encoders.checkpoint import read_best, read_weights
+from vlx.encoders.config import TextConfig
 from vlx.encoders.frozen_towers import describe_tower, digest_of, frozen_tensors, write_tower
+from vlx.encoders.language_model import LanguageModel
 from vlx.engine import checkpoint
 from vlx.engine.nonfinite import evidence_folders
 from vlx.engine.record import StepRecord
@@ -41,6 +44,9 @@ TOWERS = {
     "unimodal-projectors": {"towers.image", "towers.text"},
     "vl2v-adip": {"teacher", "logit_scale", "student"},
 }
+
+# The others differ in no part that is here.
+QUICK_SLUGS, SLOW = ("coop", "limber", "sparseformer", "unimodal-projectors"), pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +101,21 @@ def test_readers_get_the_whole_model(limber: Path) -> None:
     assert final(limber).model.keys() == expected
 
 
-@pytest.mark.parametrize("slug", sorted(TOWERS))
+def test_encoders_and_language_models_start_from_them(limber: Path, tmp_path: Path) -> None:
+    """Their names inside a run that froze them are found."""
+    words = (f"encoder.checkpoint={limber}", f"text.checkpoint={limber}")
+    tokenizer = f"text.tokenizer={limber}"
+    run_dir = make_run(tmp_path, "next", *QUICK, *words, tokenizer, slug="limber")
+    assert run_here(run_dir)[0] == 0
+    assert saved(run_dir)[1]["frozen"] == saved(limber)[1]["frozen"]
+    evaluate(limber)
+    value = read_results(limber.parent / "evaluated").value("knn/top1")
+    assert 0 < value <= 1
+
+
+@pytest.mark.parametrize(
+    "slug", [s if s in QUICK_SLUGS else pytest.param(s, marks=SLOW) for s in TOWERS]
+)
 def test_a_resume_is_the_same_run(
     slug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +159,70 @@ def test_a_base_beside_adapters_is_one(tmp_path: Path, tune: str) -> None:
     assert [row["name"] for row in state["frozen"]] == ["encoder"]
     adapter = load_file(run_dir / "adapter.safetensors")
     assert own.keys() == adapter.keys()
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Path:
+    """A language model of Hugging Face in a directory."""
+    folder = tmp_path / "gpt"
+    folder.mkdir()
+    rows = len(byte_bpe(folder, "<end>", "<pad>", eos_token="<end>", pad_token="<pad>"))
+    sizes = TextConfig(name="gpt2", context_length=16, dim=32, depth=1, heads=2)
+    LanguageModel(sizes, rows).model.save_pretrained(folder)
+    return folder
+
+
+def beside(folder: Path, name: str, *words: str) -> Path:
+    """A run of limber that reads a local language model; nothing is executed."""
+    sizes = ("text.dim=null", "text.depth=null", "text.heads=null", "text.vocab_size=null")
+    text = (f"text.name={folder}", f"text.tokenizer={folder}", *sizes)
+    return make_run(folder.parent, name, *QUICK, *text, *words, slug="limber")
+
+
+def test_a_local_language_model_is_named_and_not_copied(
+    local: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = (beside(local, name) for name in ("whole", "cut"))
+    assert run_here(whole)[0] == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        assert run_here(cut)[0] == EXIT_INTERRUPTED
+    assert run_here(cut)[0] == 0
+    assert_same_bits(cut, whole)
+    for run_dir in (whole, cut):
+        rows = {row["name"]: row for row in saved(run_dir)[1]["frozen"]}
+        assert rows["language_model"]["directory"] == str(local)
+        assert rows["encoder"]["directory"] is None
+        assert [file.name[:8] for file in (run_dir / "frozen").iterdir()] == ["encoder-"]
+    evaluate(whole, "caption")
+    name = "language_model.module.model.transformer.wte.weight"
+    published = load_file(local / "model.safetensors")["transformer.wte.weight"]
+    assert torch.equal(read_weights(whole)[name], published)
+
+
+def test_a_local_language_model_that_is_another_now_is_refused(local: Path) -> None:
+    run_dir = beside(local, "run")
+    assert run_here(run_dir)[0] == 0
+    published = load_file(local / "model.safetensors")
+    moved = published | {"transformer.wte.weight": published["transformer.wte.weight"] + 1}
+    save_file(moved, local / "model.safetensors", metadata={"format": "pt"})
+    for read in (resume, evaluate_whole, evaluate):
+        with pytest.raises(CheckpointError, match=r"language_model: the run had .*gpt now has"):
+            read(run_dir)
+    (local / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"language_model of .*: cannot read the weights"):
+        resume(run_dir)
+
+
+def test_a_local_language_model_under_other_weights_is_written(local: Path) -> None:
+    words = ("method.trains=language_model",)
+    first = beside(local, "first", *words)
+    assert run_here(first)[0] == 0
+    run_dir = beside(local, "run", f"text.checkpoint={first}")
+    assert run_here(run_dir)[0] == 0
+    rows = {row["name"]: row for row in saved(run_dir)[1]["frozen"]}
+    assert rows["language_model"]["directory"] is None
+    resume(run_dir)
 
 
 # Another tower than the run's
@@ -191,10 +275,15 @@ def test_a_tower_that_is_gone_is_refused_and_nothing_starts_anew(
     assert (damaged / "checkpoints" / "step-00000004").is_dir()
 
 
-def test_a_name_that_leads_elsewhere_is_refused(limber: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "wrong", [{"name": "../../encoder"}, {"directory": "llama"}, {"sha256": "../x"}]
+)
+def test_a_name_that_leads_elsewhere_is_refused(
+    wrong: dict[str, str], limber: Path, tmp_path: Path
+) -> None:
     (folder,) = limber.glob("checkpoints/step-*")
     state = json.loads((folder / "state.json").read_text())
-    state["frozen"][0]["name"] = "../../encoder"
+    state["frozen"][0] |= wrong
     for name in ("model.safetensors", "manifest.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     (tmp_path / "state.json").write_text(json.dumps(state))
@@ -213,7 +302,7 @@ def test_checkpoints_with_all_weights_go_on(
         stop_after(patch, 2)
         assert run_here(run_dir)[0] == EXIT_INTERRUPTED
     snapshot = final(run_dir)
-    del snapshot.state["frozen"]
+    snapshot.towers = []
     monkeypatch.setattr(checkpoint, "FORMAT", 1)
     checkpoint.save(run_dir / "checkpoints", snapshot)
     monkeypatch.undo()

@@ -39,6 +39,10 @@ _NOT_ENCODER = ("decoder", "mask_token", "head.", "fc_norm.", "mimic", "teacher.
 _PREFIXES = (
     "encoder.vit.", "encoder.model.", "image.vit.", "image.model.", "vit.", "module.", "backbone.",
     "encoder.", "towers.image.vit.", "towers.image.model.", "towers.text.", "text.",
+    "language_model.",
+    # In `blocks.frozen.Frozen`:
+    "encoder.module.vit.", "encoder.module.model.", "towers.image.module.vit.",
+    "towers.image.module.model.", "language_model.module.",
 )  # fmt: skip
 
 

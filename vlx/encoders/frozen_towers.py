@@ -2,7 +2,9 @@
 
 `RUN/frozen/NAME-DIGEST.safetensors` holds the tensors of one tower by their names inside it. A
 checkpoint holds none of them; its `state.json` says of each tower what it is and the digest of its
-tensors, and whoever reads the checkpoint checks that the tower is still that one.
+tensors, and whoever reads the checkpoint checks that the tower is still that one. A language model
+of a local directory, which its run cannot do without and which may be large, is not written: the
+checkpoint names the directory.
 """
 
 from __future__ import annotations
@@ -20,19 +22,21 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlx.blocks.frozen import Frozen
 from vlx.blocks.momentum import MomentumCopy
-from vlx.core.errors import CheckpointError, StorageError, one_line
+from vlx.core.errors import CheckpointError, StorageError, VlxError, one_line
 from vlx.core.files import explain_write
 from vlx.core.method import Trainable
+from vlx.encoders.language_model import LanguageModel, directory_weights
 
 FOLDER = "frozen"
+"""In a run's directory; the key in `state.json` too."""
 MODEL_FILE = "model.safetensors"
 STATE_FILE = "state.json"
-_KEY = "frozen"
 _DIGITS = 16
+_INNER = "module."  # where `Frozen` has what it holds
 _LEVELS = 4  # RUN is so many folders above a checkpoint at most, itself included: evidence
 
 
@@ -46,6 +50,8 @@ class FrozenTower:
     """`digest_of` its tensors."""
     values: int
     """Numbers in them."""
+    directory: str | None = None
+    """Of the language model that the tower is, and is read from; None: `file` has it."""
 
     @property
     def file(self) -> str:
@@ -86,14 +92,24 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def describe_tower(name: str, tensors: Mapping[str, Tensor]) -> FrozenTower:
+def describe_tower(
+    name: str, tensors: Mapping[str, Tensor], directory: str | None = None
+) -> FrozenTower:
     """tensors: by their names inside the tower."""
     values = sum(tensor.numel() for tensor in tensors.values())
-    return FrozenTower(name=name, sha256=digest_of(tensors), values=values)
+    return FrozenTower(name=name, sha256=digest_of(tensors), values=values, directory=directory)
+
+
+def directory_of(part: nn.Module) -> str | None:
+    """Of the local language model that a tower is, and nothing else."""
+    inner = part.module if isinstance(part, Frozen) else None
+    return inner.directory if isinstance(inner, LanguageModel) else None
 
 
 def write_tower(folder: Path, tower: FrozenTower, tensors: Mapping[str, Tensor]) -> None:
     """Write a tower whole or not at all, where it is not there yet; `StorageError` if it cannot."""
+    if tower.directory is not None:
+        return
     file = folder / tower.file
     if file.is_file() and _found(file) == tower.sha256:
         return
@@ -127,7 +143,7 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def remove_unused(run: Path, towers: list[FrozenTower]) -> None:
     """Remove what neither `towers` nor a checkpoint of the run, or of its evidence, names."""
-    used = {tower.file for tower in towers}
+    used = {tower.file for tower in towers if tower.directory is None}
     for state in run.glob(f"**/step-*/{STATE_FILE}"):
         used |= {tower.file for tower in towers_of(state.parent)}
     for file in (run / FOLDER).glob("*"):
@@ -141,21 +157,25 @@ def towers_of(checkpoint: Path) -> list[FrozenTower]:
     if not file.is_file():
         return []
     try:
-        rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")).get(_KEY, [])
+        rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")).get(FOLDER, [])
         towers = [FrozenTower(**row) for row in rows]
+        wrong = [tower for tower in towers if not _is_sound(tower)]
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} cannot be read: {one_line(error)}") from error
-    for tower in towers:
-        if not re.fullmatch(r"\w+(\.\w+)*", tower.name) or not re.fullmatch(
-            r"[0-9a-f]{64}", tower.sha256
-        ):
-            raise CheckpointError(f"{file}: {tower.name!r} is no name of a frozen tower")
+    if wrong:
+        raise CheckpointError(f"{file}: {wrong[0].name!r} is no name of a frozen tower")
     return towers
+
+
+def _is_sound(tower: FrozenTower) -> bool:
+    """Whether what a file says leads to no other place and, of a directory, to no kind of model."""
+    names = re.fullmatch(r"\w+(\.\w+)*", tower.name) and re.fullmatch(r"[0-9a-f]{64}", tower.sha256)
+    return bool(names) and (tower.directory is None or Path(tower.directory).is_absolute())
 
 
 def state_of(towers: list[FrozenTower]) -> dict[str, Any]:
     """What goes into a checkpoint's `state.json`."""
-    return {_KEY: [asdict(tower) for tower in towers]} if towers else {}
+    return {FOLDER: [asdict(tower) for tower in towers]} if towers else {}
 
 
 def read_model(checkpoint: Path) -> dict[str, Tensor]:
@@ -176,6 +196,26 @@ def read_model(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def _read_tower(checkpoint: Path, tower: FrozenTower) -> dict[str, Tensor]:
+    where, tensors = _stored(checkpoint, tower)
+    found = digest_of(tensors)
+    if found != tower.sha256:
+        raise CheckpointError(
+            f"frozen tower {tower.name}: the run had sha256 {tower.sha256[:_DIGITS]}…, "
+            f"{where} now has {found[:_DIGITS]}…: put back what the run had, or train again"
+        )
+    return tensors
+
+
+def _stored(checkpoint: Path, tower: FrozenTower) -> tuple[str, dict[str, Tensor]]:
+    """Where a tower's tensors are now, and what is there."""
+    if tower.directory is not None:
+        try:
+            found = directory_weights(tower.directory)
+        except VlxError as error:
+            raise CheckpointError(
+                f"frozen tower {tower.name} of {checkpoint} is that of a directory: {error}"
+            ) from error
+        return tower.directory, {f"{_INNER}{name}": tensor for name, tensor in found.items()}
     places = [checkpoint.absolute(), *checkpoint.absolute().parents][:_LEVELS]
     files = [place / FOLDER / tower.file for place in places]
     file = next((file for file in files if file.is_file()), None)
@@ -185,16 +225,9 @@ def _read_tower(checkpoint: Path, tower: FrozenTower) -> dict[str, Tensor]:
             f"{FOLDER}/, beside checkpoints/. Put it back, or copy the whole run"
         )
     try:
-        tensors = load_file(file)
+        return str(file), load_file(file)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"frozen tower {file} cannot be read: {one_line(error)}") from error
-    found = digest_of(tensors)
-    if found != tower.sha256:
-        raise CheckpointError(
-            f"frozen tower {tower.name}: the run had sha256 {tower.sha256[:_DIGITS]}…, "
-            f"{file} now has {found[:_DIGITS]}…: put the run's own file back, or train again"
-        )
-    return tensors
 
 
 def _found(file: Path) -> str | None:

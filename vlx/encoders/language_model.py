@@ -35,11 +35,16 @@ class LanguageModel(nn.Module):
     """
 
     spec: TextSpec
+    directory: str | None
+    """Whose weights these are; None for a kind, and once others were loaded."""
 
     def __init__(self, cfg: TextConfig, vocab_size: int) -> None:
         super().__init__()
         self.name = cfg.name
-        self.model: Any = _new(cfg, vocab_size) if cfg.name in decoder_kinds() else _local(cfg)
+        kind = cfg.name in decoder_kinds()
+        self.model: Any = _new(cfg, vocab_size) if kind else _local(cfg)
+        self.directory = None if kind else str(Path(cfg.name).expanduser().absolute())
+        self.register_load_state_dict_post_hook(lambda model, _: setattr(model, "directory", None))
         config = self.model.config
         places = config.max_position_embeddings
         if cfg.context_length > places:
@@ -142,6 +147,11 @@ class LanguageModel(nn.Module):
 def _positions(real: Tensor) -> Tensor:
     """(B, L) bool to the number of real tokens before each (B, L) int64."""
     return (real.long().cumsum(1) - 1).clamp(min=0)
+
+
+def directory_weights(directory: str) -> dict[str, Tensor]:
+    """The state dict of a `LanguageModel` of a local directory. Raises as building it does."""
+    return LanguageModel(TextConfig(name=directory, context_length=1), 0).state_dict()
 
 
 def _new(cfg: TextConfig, vocab_size: int) -> nn.Module:

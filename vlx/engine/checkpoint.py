@@ -25,7 +25,15 @@ from torch import Tensor
 
 from vlx.core.errors import CheckpointError
 from vlx.core.files import explain_write
-from vlx.encoders.frozen_towers import MODEL_FILE, STATE_FILE, read_model
+from vlx.encoders.frozen_towers import (
+    FOLDER,
+    MODEL_FILE,
+    STATE_FILE,
+    FrozenTower,
+    read_model,
+    state_of,
+    towers_of,
+)
 
 FORMAT = 2
 _READ = (1, 2)  # 1 had no frozen towers beside it
@@ -39,7 +47,6 @@ class Snapshot:
 
     step: int
     model: dict[str, Tensor]
-    """Saved without frozen towers, which `state` names; loaded with them."""
     optimizer: dict[str, Tensor]
     """`<parameter name>/<state key>` to tensor."""
     ema: dict[str, Tensor]
@@ -47,6 +54,8 @@ class Snapshot:
     """Plain JSON: step, config hash, slug, skipped steps, scaler, best metric ..."""
     swad: dict[str, Tensor] = field(default_factory=dict)
     """What a run with `train.swad` goes on from; the average itself is `ema`."""
+    towers: list[FrozenTower] = field(default_factory=list)
+    """Whose tensors are in `model` after `load`, and are not for `save`."""
 
 
 def save(directory: Path, snapshot: Snapshot) -> Path:
@@ -71,7 +80,9 @@ def _write(tmp: Path, snapshot: Snapshot) -> None:
         except SafetensorError as error:  # carries the system's error number as text
             number = re.search(r"os error (\d+)", str(error))
             raise OSError(int(number[1]) if number else 0, str(error)) from error
-    (tmp / STATE_FILE).write_text(json.dumps({"format": FORMAT, **snapshot.state}, indent=1))
+    (tmp / STATE_FILE).write_text(
+        json.dumps({"format": FORMAT, **snapshot.state, **state_of(snapshot.towers)}, indent=1)
+    )
     manifest = {file.name: _digest(file) for file in sorted(tmp.iterdir())}
     for file in tmp.iterdir():
         _sync(file)
@@ -148,6 +159,7 @@ def load(checkpoint: Path) -> Snapshot:
         raise CheckpointError(
             f"{checkpoint} has a format other than {known}; this vlx cannot read it"
         )
+    state.pop(FOLDER, None)  # as `towers`
     ema, swad = (checkpoint / f"{name}.safetensors" for name in ("ema", "swad"))
     return Snapshot(
         step=state["step"],
@@ -156,6 +168,7 @@ def load(checkpoint: Path) -> Snapshot:
         ema=load_file(ema) if ema.exists() else {},
         state=state,
         swad=load_file(swad) if swad.exists() else {},
+        towers=towers_of(checkpoint),
     )
 
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from torch import Tensor
 
 from vlx.core.errors import VlxError
 from vlx.core.method import Trainable
@@ -15,10 +12,12 @@ from vlx.encoders.frozen_towers import (
     FOLDER,
     FrozenTower,
     describe_tower,
+    directory_of,
     frozen_tensors,
     remove_unused,
     write_tower,
 )
+from vlx.engine import checkpoint
 
 log = logging.getLogger("vlx")
 
@@ -55,21 +54,25 @@ class FrozenTowers:
 
 
 def keep_frozen(
-    run_dir: Path, method: Trainable, saved: Mapping[str, Tensor] | None, *, main: bool
+    run_dir: Path, method: Trainable, saved: checkpoint.Snapshot | None, *, main: bool
 ) -> FrozenTowers:
     """Write the frozen towers of a method to its run, where they are not there yet.
 
-    Call it on every process before the weights are sharded. saved: the state dict that a resume
-    will load.
+    Call it on every process before the weights are sharded. saved: what a resume will load.
     """
     by_tower = frozen_tensors(method)
     kept = FrozenTowers(frozenset(key for keys in by_tower.values() for key in keys))
     if not main:
         return kept
-    state = method.state_dict() if saved is None else saved
+    state = method.state_dict() if saved is None else saved.model
+    known = {} if saved is None else {tower.name: tower for tower in saved.towers}
     for name, keys in by_tower.items():
         tensors = {key[len(name) + 1 :]: state[key] for key in keys if key in state}
-        tower = describe_tower(name, tensors)
+        # A resume's method has other weights so far than those that will be loaded.
+        source = directory_of(method.get_submodule(name)) if saved is None else None
+        tower = describe_tower(name, tensors, source)
+        if name in known and known[name].sha256 == tower.sha256:
+            tower = known[name]
         write_tower(run_dir / FOLDER, tower, tensors)
         log.info(f"frozen tower {name}: {tower.values:,} values, sha256 {tower.sha256}")
         kept.towers.append(tower)

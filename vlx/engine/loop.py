@@ -18,7 +18,6 @@ from vlx.core.errors import ConfigError, DivergedError, Interrupted, nearest
 from vlx.core.fields import Batch
 from vlx.core.method import Trainable
 from vlx.data.pipeline import TrainPipeline
-from vlx.encoders.frozen_towers import state_of
 from vlx.engine import checkpoint
 from vlx.engine.build import begin_training
 from vlx.engine.config import RunConfig
@@ -284,8 +283,8 @@ class Trainer:
                 "scaler": scaler.state_dict() if scaler is not None else None,
                 "slug": self.cfg.slug,
                 "config": self.saved_config,
-                **state_of(self.frozen.towers),
             },
+            towers=self.frozen.towers,
         )
 
     def save(self) -> None:

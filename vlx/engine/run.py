@@ -147,8 +147,7 @@ class Run:
         self.class_names = source.info.class_names
         tokenizer = make_tokenizer(cfg.text, source, self.run_dir, main=parallel.is_main)
         method = build_method(cfg, source, tokenizer, load_weights=snapshot is None)
-        saved = None if snapshot is None else snapshot.model
-        frozen = keep_frozen(self.run_dir, method, saved, main=parallel.is_main)
+        frozen = keep_frozen(self.run_dir, method, snapshot, main=parallel.is_main)
         pipeline = build_pipeline(cfg, source, type(method), parallel, tokenizer)
         total = total_steps(cfg, pipeline.steps_per_epoch)
         self.eval_data = self.during_data = self._eval_data(cfg.data)
