@@ -228,6 +228,28 @@ def test_overrides_and_groups_stand_above_the_run(tmp_path: Path) -> None:
     assert evaluation(f"encoder.checkpoint={run}", "encoder=cifar")["encoder"]["dim"] == 192
 
 
+def test_names_of_a_runs_classes_are_of_its_own_data(tmp_path: Path) -> None:
+    names = ("data.class_names=names.txt", "data.split_file=other/split.json", "data.shots=4")
+    run = frozen_run(tmp_path / "run", "data=folder", f"data.path={tmp_path}/own", *names)
+    given = f"encoder.checkpoint={run}"
+    kept = ("names.txt", "other/split.json", 4)
+
+    def said(*overrides: str) -> tuple[str | None, str | None, int]:
+        data = evaluation(given, *overrides)["data"]
+        return data["class_names"], data["split_file"], data["shots"]
+
+    same = f"data.path={tmp_path}/run/../own/"  # the same folder, written otherwise
+    for words in ((), ("data.test_split=val",), ("data.source=folder",), (same,)):
+        assert said(*words) == kept
+    for word in ("data.source=parquet", f"data.path={tmp_path}/other", "data.variant=CIFAR10"):
+        assert said(word) == (None, None, 4)
+        assert said(word, "data.class_names=mine.txt") == ("mine.txt", None, 4)
+    overrides = [given, f"data.path={tmp_path}/own,{tmp_path}/other"]
+    root = evaluation_root("knn", overrides)
+    cells = expand(root, overrides, lambda words: evaluation_root("knn", words))
+    assert [cell.config["data"]["class_names"] for cell in cells] == ["names.txt", None]
+
+
 def test_each_job_of_an_evaluation_takes_its_own_runs_encoder(tmp_path: Path) -> None:
     runs = [frozen_run(tmp_path / f"run{d}", f"encoder.dim={d}") for d in (36, 48)]
     overrides = [f"encoder.checkpoint={runs[0]},{runs[1]}"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -57,6 +58,9 @@ _EVALUATION_KEYS = (
     "runs_dir",
     "name",
 )
+# Keys that lead to other data, and those that say something of one data set alone.
+_WHICH_DATA = ("data.source", "data.path", "data.variant")
+_OF_ITS_DATA = ("class_names", "split_file")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +171,8 @@ def evaluation_root(evaluator: str, overrides: Sequence[str]) -> Root:
     """What `vlx eval EVALUATOR` starts from.
 
     Where encoder.checkpoint is a run directory, that run's encoder, data and evaluation view are
-    the defaults; `encoder=NAME` or `data=NAME` among the overrides drop the run's section.
+    the defaults; `encoder=NAME` or `data=NAME` among the overrides drop the run's section, and
+    another source, path or variant drops what says something of the run's own files alone.
     """
     _store_schema()
     parsed = parse(overrides)
@@ -185,6 +190,8 @@ def evaluation_root(evaluator: str, overrides: Sequence[str]) -> Root:
     if checkpoint is not None and (run / CONFIG_FILE).is_file():
         values = read_config(run)
         defaults = {key: values[key] for key in ("encoder", "data") if key not in given}
+        if "data" in defaults and _is_other_data(parsed, values["data"]):
+            defaults["data"] = {k: v for k, v in values["data"].items() if k not in _OF_ITS_DATA}
         if defaults.get("data", {}).get("split_seed", 0) is None:  # shots are those of the run
             defaults["data"] = {**defaults["data"], "split_seed": values["seed"]}
         defaults["eval"] = {
@@ -201,6 +208,22 @@ def evaluation_root(evaluator: str, overrides: Sequence[str]) -> Root:
         preset=EVALUATION_PRESET,
         settable=_EVALUATION_KEYS,
     )
+
+
+def _is_other_data(overrides: Sequence[Override], own: Mapping[str, Any]) -> bool:
+    """Whether an override leads from the data of a run to some other."""
+    for override in overrides:
+        key = override.key_or_group.removeprefix("data.")
+        if override.key_or_group not in _WHICH_DATA:
+            continue
+        if override.is_sweep_override():
+            return True
+        value, before = override.value(), own.get(key)
+        if key == "path" and value is not None and before is not None:
+            value, before = (os.path.realpath(os.path.expanduser(p)) for p in (value, before))
+        if value != before:
+            return True
+    return False
 
 
 def _store_schema() -> None:
