@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -13,8 +16,9 @@ from torch import Tensor
 
 from tests.contract.build import build
 from vlx.core.errors import CheckpointError
+from vlx.core.manifest import manifest_text
 from vlx.encoders.build import EncoderBuilder
-from vlx.encoders.checkpoint import load_encoder
+from vlx.encoders.checkpoint import load_encoder, read_best, read_weights
 from vlx.encoders.config import EncoderConfig
 from vlx.encoders.timm_vit import TimmVit
 
@@ -90,14 +94,86 @@ def test_a_safetensors_file_loads_under_any_usual_prefix(tmp_path: Path, prefix:
     assert all(torch.equal(loaded[name], value) for name, value in state.items())
 
 
-def run_directory(folder: Path, state: dict[str, Tensor], ema: dict[str, Tensor]) -> Path:
+def run_directory(
+    folder: Path,
+    state: dict[str, Tensor],
+    ema: dict[str, Tensor],
+    progress: Mapping[str, object] = MappingProxyType({}),
+) -> Path:
     checkpoint = folder / "checkpoints" / "step-00000004"
     checkpoint.mkdir(parents=True)
     save_file(state, checkpoint / "model.safetensors")
     if ema:
         save_file(ema, checkpoint / "ema.safetensors")
-    (checkpoint / "manifest.json").write_text(json.dumps({}))
+    (checkpoint / "state.json").write_text(json.dumps(dict(progress)))
+    (checkpoint / "manifest.json").write_text(manifest_text(checkpoint))
     return folder
+
+
+def flip(file: Path) -> None:
+    """Change one bit of the last tensor."""
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors"])
+def test_a_flipped_bit_is_refused_in_a_run_a_checkpoint_and_a_file(
+    name: str, tmp_path: Path
+) -> None:
+    run = run_directory(tmp_path, {"w": torch.ones(2)}, {"w": torch.zeros(2)})
+    checkpoint = run / "checkpoints" / "step-00000004"
+    places = (run, checkpoint, checkpoint / name)
+    for place in places:
+        assert read_weights(place).keys() == {"w"}
+    flip(checkpoint / name)
+    for place in places:
+        with pytest.raises(CheckpointError, match=f"{name} is not what was saved"):
+            read_weights(place)
+    if name == "ema.safetensors":
+        assert torch.equal(read_weights(checkpoint / "model.safetensors")["w"], torch.ones(2))
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = run_directory(tmp_path, {"w": torch.ones(2)}, {})
+    shutil.copytree(run / "checkpoints/step-00000004", run / "checkpoints/step-00000008")
+    assert read_weights(run)["w"].tolist() == [1, 1]
+    assert not caplog.records
+    flip(run / "checkpoints/step-00000008/model.safetensors")
+    assert read_weights(run)["w"].tolist() == [1, 1]
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "step-00000008 is damaged and passed over: model.safetensors is not what" in line
+
+
+def test_a_checkpoint_without_its_manifest_is_damaged_and_a_strange_folder_is_not(
+    tmp_path: Path,
+) -> None:
+    run = run_directory(tmp_path, {"w": torch.ones(2)}, {})
+    checkpoint = run / "checkpoints" / "step-00000004"
+    (checkpoint / "manifest.json").unlink()
+    for place in (run, checkpoint):
+        with pytest.raises(CheckpointError, match=r"no manifest\.json"):
+            read_weights(place)
+    (checkpoint / "state.json").unlink()  # as transformers writes folders
+    assert read_weights(checkpoint).keys() == {"w"}
+
+
+@pytest.mark.parametrize("name", ["../../other", "/etc", "..", 7, ["step-00000004"]])
+def test_the_best_checkpoint_is_one_of_the_run(name: object, tmp_path: Path) -> None:
+    state = {"w": torch.ones(2)}
+    progress = {"progress": {"best_checkpoint": name}}
+    run = run_directory(tmp_path / "run", state, {}, progress)
+    run_directory(tmp_path / "other", state, {})
+    with pytest.raises(CheckpointError, match=r"state\.json: .* is no checkpoint of the run"):
+        read_best(run)
+    progress = {"progress": {"best_checkpoint": "step-00000004"}}
+    again = run_directory(tmp_path / "again", state, {}, progress)
+    assert read_best(again) is not None
+    flip(again / "checkpoints" / "step-00000004" / "model.safetensors")
+    with pytest.raises(CheckpointError, match="is not what was saved"):
+        read_best(again)
 
 
 def test_a_run_directory_loads_and_its_average_is_preferred(tmp_path: Path) -> None:

@@ -86,6 +86,23 @@ def test_an_adapter_is_refused_by_another_base_method_and_shape(tmp_path: Path, 
     assert all(torch.equal(before[name], value) for name, value in method.state_dict().items())
 
 
+def test_an_adapter_with_a_flipped_bit_is_refused(tmp_path: Path, base: Path) -> None:
+    from tests.methods.test_supervised import tuned
+    from vlx.encoders.checkpoint import read_weights
+    from vlx.methods.supervised import Tune
+
+    first = run(tmp_path, "lora", f"encoder.checkpoint={base}", "method.tune=lora")
+    file = first / "adapter.safetensors"
+    assert read_weights(file)
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match="its tensors are not those that were saved"):
+        load_adapter(str(first), tuned(Tune.lora), slug="supervised")
+    with pytest.raises(CheckpointError, match="its tensors are not those that were saved"):
+        read_weights(file)
+
+
 def test_a_run_that_trains_everything_refuses_an_adapter(tmp_path: Path, base: Path) -> None:
     with pytest.raises(ConfigError, match=r"train\.adapter: supervised trains its whole model"):
         run(tmp_path, "full", f"train.adapter={base}")

@@ -23,6 +23,7 @@ from vlx.commands.export import export
 from vlx.commands.replay import replay_run
 from vlx.commands.start import Line, start
 from vlx.core.errors import EXIT_INTERRUPTED, CheckpointError, DivergedError, VlxError
+from vlx.core.manifest import manifest_text
 from vlx.core.results import read_results
 from vlx.encoders.checkpoint import read_best, read_weights
 from vlx.encoders.config import TextConfig
@@ -284,9 +285,9 @@ def test_a_name_that_leads_elsewhere_is_refused(
     (folder,) = limber.glob("checkpoints/step-*")
     state = json.loads((folder / "state.json").read_text())
     state["frozen"][0] |= wrong
-    for name in ("model.safetensors", "manifest.json"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     (tmp_path / "state.json").write_text(json.dumps(state))
+    (tmp_path / "manifest.json").write_text(manifest_text(tmp_path))
     with pytest.raises(CheckpointError, match="is no name of a frozen tower"):
         read_weights(tmp_path)
 

@@ -13,6 +13,7 @@ from tests.contract.build import build, config, context, smoke_batch
 from vlx.commands.dry_run import measure
 from vlx.config.compose import compose
 from vlx.core.errors import ConfigError
+from vlx.core.manifest import manifest_text
 from vlx.encoders.build import EncoderBuilder
 from vlx.encoders.config import EncoderConfig
 from vlx.engine.load import run_config
@@ -247,7 +248,8 @@ def test_a_run_is_a_teacher_by_its_directory(tmp_path) -> None:
     run = tmp_path / "checkpoints" / "step-00000004"
     run.mkdir(parents=True)
     save_file(method.state_dict(), run / "model.safetensors")
-    (run / "manifest.json").write_text("{}")
+    (run / "state.json").write_text("{}")
+    (run / "manifest.json").write_text(manifest_text(run))
     teacher = replace(config("mae").encoder, checkpoint=str(tmp_path))
     roles = {"encoder": config("mr-mae").encoder, "teacher": teacher}
     student = MrMae(config("mr-mae").method, EncoderBuilder(roles, 0))

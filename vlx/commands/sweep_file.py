@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vlx.core.errors import EXIT_INTERRUPTED, EXIT_OK, VlxError
-from vlx.core.files import write_atomic
+from vlx.core.files import parse_json, write_atomic
 from vlx.core.names import check_folder_name
 from vlx.core.results import FILE_NAME
 from vlx.engine import rundir
@@ -44,7 +44,7 @@ def read_jobs(directory: Path) -> list[Job]:
     path = directory / SWEEP_FILE
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-        jobs = (Job(**json.loads(line)) for line in lines if line)
+        jobs = (Job(**parse_json(line)) for line in lines if line)
         jobs = [replace(job, run_dir=check_folder_name(job.run_dir, "run_dir")) for job in jobs]
         return list({job.id: job for job in jobs}.values())  # a later line replaces an earlier
     except FileNotFoundError:

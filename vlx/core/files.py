@@ -45,6 +45,14 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         raise StorageError(explain_write(error, path)) from error
 
 
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads`; what is nested without end is a `ValueError` like every other fault."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def write_json(path: Path, value: Any) -> None:
     """`write_atomic` of indented JSON."""
     write_atomic(path, json.dumps(value, indent=2, sort_keys=False) + "\n")

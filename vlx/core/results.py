@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from vlx.core.errors import VlxError
-from vlx.core.files import write_json
+from vlx.core.files import parse_json, write_json
 
 SCHEMA_VERSION = 3
 _READABLE = (1, 2, 3)  # 2 adds `counts`, 3 `on_training_data`
@@ -83,7 +82,7 @@ def read_results(run_dir: Path) -> Results:
     """Read and check `results.json`; a half-written or foreign file raises `VlxError`."""
     path = run_dir / FILE_NAME
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = parse_json(path.read_text(encoding="utf-8"))
         if raw.get("schema_version") not in _READABLE:
             raise VlxError(
                 f"{path}: schema version {raw.get('schema_version')} is not {SCHEMA_VERSION}"

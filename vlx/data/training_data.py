@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vlx.core.errors import DataError
-from vlx.core.files import write_json
+from vlx.core.files import parse_json, write_json
 from vlx.data.source import SourceInfo
 
 FILE = "data.json"
@@ -37,7 +36,7 @@ def read_training_data(run_dir: Path) -> TrainingData | None:
     """
     file = run_dir / FILE
     try:
-        saved = json.loads(file.read_text(encoding="utf-8"))
+        saved = parse_json(file.read_text(encoding="utf-8"))
         return TrainingData(**{**saved, "class_names": tuple(saved["class_names"])})
     except FileNotFoundError:
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import pickle
@@ -12,21 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vlx.core.errors import CheckpointError, one_line
+from vlx.core.files import parse_json
+from vlx.core.manifest import MANIFEST_FILE, MODEL_FILE, STATE_FILE, WEIGHTS, check, newest
 from vlx.core.released import Released
 from vlx.core.text import Tokenizer
 from vlx.encoders.archives import Hollow, read_archive, tensors_of
-from vlx.encoders.frozen_towers import MODEL_FILE, read_model
+from vlx.encoders.frozen_towers import digest_of, read_model
 from vlx.encoders.released_vit import vit_names
 
 log = logging.getLogger("vlx")
 ADAPTER_FILE = "adapter.safetensors"
 """In the directory of a run with a frozen base: what it trained."""
+DIGEST_KEY = "tensors_sha256"
+"""In a safetensors file's metadata: `digest_of` its tensors, of a file that no manifest names."""
 
 POOLED = "head.pos_embed"
 """Position table of the attention pooling of CLIP's ResNets: one row for the mean, one a place."""
@@ -57,6 +61,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         averaged = file.with_name("ema.safetensors")
         if averaged.is_file():
             return read_model(file.parent) | load_file(averaged)
+    elif all((file.parent / name).is_file() for name in (MANIFEST_FILE, STATE_FILE)):
+        check(file.parent, only={STATE_FILE, file.name})  # a file of a checkpoint of ours
     if not file.is_file():
         raise CheckpointError(
             f"no checkpoint at {path}: give a run directory, .safetensors or .pth"
@@ -67,7 +73,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             state = state[key]
     if isinstance(state, Hollow):  # a script's module
         state = tensors_of(state)
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    rows = state.values() if isinstance(state, dict) else ()
+    if not isinstance(state, dict) or not rows or not all(isinstance(v, Tensor) for v in rows):
         raise CheckpointError(f"{file} holds no state dict (a mapping of names to tensors)")
     return state
 
@@ -79,10 +86,12 @@ def _read(file: Path) -> Any:
     """
     try:
         if file.suffix == ".safetensors":
-            return load_file(file)
+            return read_safetensors(file)[0]
         if zipfile.is_zipfile(file):
             return read_archive(file)
         return torch.load(file, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         named = re.findall(r"GLOBAL ([\w.]+)", str(error))
         if not named:
@@ -96,38 +105,58 @@ def _read(file: Path) -> Any:
         raise CheckpointError(f"cannot read {file}: {one_line(error)}") from error
 
 
+def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a file.
+
+    Raises `CheckpointError` where the metadata has the digest of other tensors (`DIGEST_KEY`).
+    """
+    with safe_open(file, "pt") as opened:
+        meta = opened.metadata() or {}
+    tensors = load_file(file)
+    if meta.get(DIGEST_KEY, found := digest_of(tensors)) != found:
+        raise CheckpointError(f"{file} is damaged: its tensors are not those that were saved")
+    return tensors, meta
+
+
 def read_best(run: Path) -> dict[str, Tensor] | None:
     """The weights of a run directory that were best by `train.keep_best`; None where it kept none.
 
     As they were evaluated: those of a moving average where the run has one, but not the average of
     `train.swad`, which is evaluated at the end alone.
     """
-    complete = _complete(run)
-    state = json.loads((complete[-1] / "state.json").read_text()) if complete else {}
-    name = state.get("progress", {}).get("best_checkpoint")
+    last = newest(run / "checkpoints", only=WEIGHTS)
+    if last is None:
+        return None
+    try:
+        state = parse_json((last / STATE_FILE).read_text(encoding="utf-8"))
+        name = state.get("progress", {}).get("best_checkpoint")
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{last / STATE_FILE} cannot be read: {error}") from error
     if name is None:
         return None
+    if not re.fullmatch(r"step-\d+", str(name)):
+        raise CheckpointError(f"{last / STATE_FILE}: {name!r} is no checkpoint of the run")
     folder = run / "checkpoints" / name
+    check(folder, only=WEIGHTS)
     if (folder / "swad.safetensors").is_file():
         return read_model(folder)
     return read_weights(folder)
 
 
-def _complete(run: Path) -> list[Path]:
-    """The complete checkpoints of a run directory, oldest first."""
-    return sorted(m.parent for m in run.glob("checkpoints/step-*/manifest.json"))
-
-
 def _weights_of_run(run: Path) -> Path:
-    """The newest complete checkpoint's weights of a run or checkpoint directory."""
+    """The weights of a checkpoint directory, or of a run's newest checkpoint: those saved.
+
+    Raises `CheckpointError` for damaged ones. A directory without a manifest and a state is no
+    checkpoint of ours, and cannot be compared.
+    """
     if (run / MODEL_FILE).is_file():
+        if (run / MANIFEST_FILE).is_file() or (run / STATE_FILE).is_file():
+            check(run, only=WEIGHTS)
         return run / MODEL_FILE
-    complete = _complete(run)
-    if not complete:
-        raise CheckpointError(
-            f"{run} holds no complete checkpoint (checkpoints/step-*/manifest.json)"
-        )
-    return complete[-1] / MODEL_FILE
+    last = newest(run / "checkpoints", only=WEIGHTS)
+    if last is None:
+        raise CheckpointError(f"{run} holds no checkpoint (checkpoints/step-*/{MODEL_FILE})")
+    return last / MODEL_FILE
 
 
 def encoder_state(state: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:

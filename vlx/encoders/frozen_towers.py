@@ -10,7 +10,6 @@ checkpoint names the directory.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -27,14 +26,13 @@ from torch import Tensor, nn
 from vlx.blocks.frozen import Frozen
 from vlx.blocks.momentum import MomentumCopy
 from vlx.core.errors import CheckpointError, StorageError, VlxError, one_line
-from vlx.core.files import explain_write
+from vlx.core.files import explain_write, parse_json
+from vlx.core.manifest import MODEL_FILE, STATE_FILE
 from vlx.core.method import Trainable
 from vlx.encoders.language_model import LanguageModel, directory_weights
 
 FOLDER = "frozen"
 """In a run's directory; the key in `state.json` too."""
-MODEL_FILE = "model.safetensors"
-STATE_FILE = "state.json"
 _DIGITS = 16
 _INNER = "module."  # where `Frozen` has what it holds
 _LEVELS = 4  # RUN is so many folders above a checkpoint at most, itself included: evidence
@@ -157,7 +155,7 @@ def towers_of(checkpoint: Path) -> list[FrozenTower]:
     if not file.is_file():
         return []
     try:
-        rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")).get(FOLDER, [])
+        rows: list[dict[str, Any]] = parse_json(file.read_text(encoding="utf-8")).get(FOLDER, [])
         towers = [FrozenTower(**row) for row in rows]
         wrong = [tower for tower in towers if not _is_sound(tower)]
     except (OSError, ValueError, TypeError, AttributeError) as error:

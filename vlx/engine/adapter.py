@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -13,7 +13,8 @@ from vlx.core.errors import CheckpointError
 from vlx.core.files import write_atomic
 from vlx.core.method import Trainable
 from vlx.core.released import Released
-from vlx.encoders.checkpoint import ADAPTER_FILE, read_weights
+from vlx.encoders.checkpoint import ADAPTER_FILE, DIGEST_KEY, read_safetensors, read_weights
+from vlx.encoders.frozen_towers import digest_of
 from vlx.engine.checkpoint import weights_checksum
 
 log = logging.getLogger("vlx")
@@ -62,9 +63,15 @@ def split_state(
 def save_adapter(run_dir: Path, method: nn.Module, state: dict[str, Tensor], *, slug: str) -> Path:
     """Write the trained tensors of a full host-side state dict with the digest of the others."""
     adapter, base = split_state(method, state)
-    meta = {"base": weights_checksum(base), "method": slug, "format": "1"}
+    adapter = {name: value.contiguous() for name, value in adapter.items()}
+    meta = {
+        "base": weights_checksum(base),
+        "method": slug,
+        "format": "1",
+        DIGEST_KEY: digest_of(adapter),
+    }
     file = run_dir / ADAPTER_FILE
-    write_atomic(file, save({k: v.contiguous() for k, v in adapter.items()}, metadata=meta))
+    write_atomic(file, save(adapter, metadata=meta))
     return file
 
 
@@ -72,7 +79,7 @@ def load_adapter(path: str, method: nn.Module, *, slug: str) -> None:
     """Put a saved adapter onto a method whose frozen weights are those that it was trained beside.
 
     path: the file, or the run directory that holds it. Raises `CheckpointError`, with nothing
-    loaded, for another base, another method, or tensors that do not fit.
+    loaded, for another base, another method, tensors that do not fit or are not those saved.
     """
     file = Path(path).expanduser()
     file = file / ADAPTER_FILE if file.is_dir() else file
@@ -84,9 +91,7 @@ def load_adapter(path: str, method: nn.Module, *, slug: str) -> None:
         _load_released(file, method)
         return
     try:
-        with safe_open(file, "pt") as opened:
-            meta = opened.metadata() or {}
-            saved = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        saved, meta = read_safetensors(file)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file} is not an adapter: {error}") from error
     own, base = split_state(method, {n: v.cpu() for n, v in method.state_dict().items()})

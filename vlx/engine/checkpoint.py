@@ -25,10 +25,17 @@ from torch import Tensor
 
 from vlx.core.errors import CheckpointError
 from vlx.core.files import explain_write
-from vlx.encoders.frozen_towers import (
-    FOLDER,
+from vlx.core.manifest import (
+    MANIFEST_FILE,
     MODEL_FILE,
     STATE_FILE,
+    check,
+    fault,
+    manifest_text,
+    newest,
+)
+from vlx.encoders.frozen_towers import (
+    FOLDER,
     FrozenTower,
     read_model,
     state_of,
@@ -83,11 +90,11 @@ def _write(tmp: Path, snapshot: Snapshot) -> None:
     (tmp / STATE_FILE).write_text(
         json.dumps({"format": FORMAT, **snapshot.state, **state_of(snapshot.towers)}, indent=1)
     )
-    manifest = {file.name: _digest(file) for file in sorted(tmp.iterdir())}
+    manifest = manifest_text(tmp)
     for file in tmp.iterdir():
         _sync(file)
-    (tmp / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    _sync(tmp / "manifest.json")
+    (tmp / MANIFEST_FILE).write_text(manifest)
+    _sync(tmp / MANIFEST_FILE)
     _sync(tmp)
 
 
@@ -107,12 +114,6 @@ def _parts(snapshot: Snapshot) -> dict[str, dict[str, Tensor]]:
     return parts | {name: tensors for name, tensors in averages.items() if tensors}
 
 
-def _digest(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"bytes": file.stat().st_size, "sha256": digest}
-
-
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -123,17 +124,7 @@ def _sync(path: Path) -> None:
 
 def is_complete(checkpoint: Path, *, digests: bool = False) -> bool:
     """Whether every file of the manifest is there with its size (and its digest)."""
-    try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text())
-        for name, expected in manifest.items():
-            file = checkpoint / name
-            if file.stat().st_size != expected["bytes"]:
-                return False
-            if digests and _digest(file) != expected:
-                return False
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return True
+    return fault(checkpoint, digests=digests) is None
 
 
 def complete(directory: Path) -> list[Path]:
@@ -142,17 +133,16 @@ def complete(directory: Path) -> list[Path]:
 
 
 def latest(directory: Path) -> Path | None:
-    """The newest checkpoint whose contents match their digests."""
-    for checkpoint in reversed(complete(directory)):
-        if is_complete(checkpoint, digests=True):
-            return checkpoint
-    return None
+    """The newest checkpoint whose contents match their digests; a line for each passed over.
+
+    Raises `CheckpointError` where there are checkpoints and all of them are damaged.
+    """
+    return newest(directory)
 
 
 def load(checkpoint: Path) -> Snapshot:
     """Read a checkpoint; a damaged or foreign one raises `CheckpointError`."""
-    if not is_complete(checkpoint, digests=True):
-        raise CheckpointError(f"{checkpoint} is incomplete or damaged")
+    check(checkpoint)
     state = json.loads((checkpoint / STATE_FILE).read_text())
     if state.pop("format", None) not in _READ:
         known = " and ".join(map(str, _READ))

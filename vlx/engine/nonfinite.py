@@ -7,7 +7,6 @@ compute it again, whatever number of processes it ran on.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from vlx.core.errors import CheckpointError, VlxError
-from vlx.core.files import write_json
+from vlx.core.files import parse_json, write_json
 from vlx.core.method import StepContext, Trainable
 from vlx.core.random import step_seed
 from vlx.data.open import open_source
@@ -77,7 +76,7 @@ def save_evidence(run_dir: Path, evidence: Evidence, snapshot: checkpoint.Snapsh
 def read_evidence(folder: Path) -> Evidence:
     """The evidence of a folder; `VlxError` for one that is damaged."""
     try:
-        return Evidence(**json.loads((folder / _FILE).read_text(encoding="utf-8")))
+        return Evidence(**parse_json((folder / _FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise VlxError(f"{folder / _FILE} cannot be read: {error}") from error
 

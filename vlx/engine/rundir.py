@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vlx.core.errors import ConfigError, StorageError, VlxError
-from vlx.core.files import write_json
+from vlx.core.files import parse_json, write_json
 from vlx.core.names import check_folder_name
 from vlx.core.results import FILE_NAME
 
@@ -69,7 +69,7 @@ class RunRecord:
 def read_record(run_dir: Path) -> RunRecord:
     """`run.json` of a run directory; raises `VlxError` for a directory that is none."""
     try:
-        return RunRecord(**json.loads((run_dir / RUN_FILE).read_text(encoding="utf-8")))
+        return RunRecord(**parse_json((run_dir / RUN_FILE).read_text(encoding="utf-8")))
     except FileNotFoundError:
         text = f"{run_dir} is not a run directory (no {RUN_FILE}). `vlx runs` lists runs"
         raise VlxError(text) from None

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from vlx.core.errors import StorageError
-from vlx.core.files import explain_write, write_atomic
+from vlx.core.files import explain_write, parse_json, write_atomic
 
 
 class JsonlTrack:
@@ -51,7 +51,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError:
             continue
         if isinstance(record, dict) and "step" in record:
