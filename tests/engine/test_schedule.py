@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -283,6 +284,7 @@ def test_a_groups_unknown_schedule_is_refused(keys: dict[str, Any], message: str
     ("keys", "message"),
     [
         ({"curve_steps": 5, "curve_share": 1.0}, "curve_steps and schedule.curve_share"),
+        ({"every_epochs": 0}, "every_epochs must be above 0"),
         ({"curve_epochs": 0.0}, "curve_epochs must be above 0"),
         ({"decay_share": 0.0}, "decay_share must lie in 0..1"),
         ({"name": Schedule.one_cycle, "warmup_steps": 5}, "rises by itself"),
@@ -380,6 +382,24 @@ def test_albefs_warm_up_moves_by_hundred_steps_and_its_cosine_by_epochs(
         assert ours.lr(epoch * 8000) == ours.lr(epoch * 8000 + 7999) == pytest.approx(expected)
     if slug == "albef":
         assert ours.lr(29 * 8000) == pytest.approx(1.02e-5, abs=5e-8)
+
+
+def test_albefs_retrieval_moves_once_in_an_epoch_of_pairs() -> None:
+    """Five rates over the run, as the official Retrieval_coco.yaml and its loop give them; an epoch
+    of pairs is five of images."""
+    cfg = config("albef", "retrieval")
+    assert cfg.train.epochs == 25
+    ours = Rates(cfg.schedule, peak_lr(cfg.optim, cfg.train.batch_size), 0.02, 25 * SPE, SPE)
+    pairs = 5 * SPE
+    for epoch in range(5):
+        expected = 1e-6 + (1e-5 - 1e-6) / 2 * (1 + math.cos(math.pi * epoch / 5))
+        found = {ours.lr(step) for step in range(epoch * pairs, (epoch + 1) * pairs)}
+        assert len(found) == 1
+        assert found.pop() == pytest.approx(expected)
+    # Flickr30k: ten epochs of pairs, train.epochs=50.
+    flickr = replace(ours, total_steps=50 * SPE)
+    assert len({flickr.lr(step) for step in range(50 * SPE)}) == 10
+    assert flickr.lr(9 * pairs) == pytest.approx(1e-6 + 4.5e-6 * (1 + math.cos(0.9 * math.pi)))
 
 
 def test_limber_warms_up_by_logarithms_and_falls_linearly() -> None:

@@ -110,6 +110,9 @@ class ScheduleConfig:
     constant."""
     per: Per = Per.step
     """Move every step, or once an epoch to the value of its first step (timm's `t = epoch`)."""
+    every_epochs: int = 1
+    """per=epoch: epochs of the data that are one of the schedule. ALBEF counts its epochs in pairs:
+    5 of COCO's images, each with one of five captions, are one."""
     late_epochs: int = 0
     """per=epoch: epochs by which the rate lags. 1: the first two epochs have the first value (the
     scripts of DeiT and its kin step the schedule with the epoch just ended)."""
@@ -167,7 +170,7 @@ class ScheduleConfig:
         given = [key for key in lengths if getattr(self, key) is not None]
         if len(given) > 1:
             raise ConfigError(f"schedule.{given[0]} and schedule.{given[1]}: give one of them")
-        for key in (*given, "gamma", "gamma_epochs", "warmup_every", "div_factor"):
+        for key in (*given, "every_epochs", "gamma", "gamma_epochs", "warmup_every", "div_factor"):
             value = getattr(self, key)
             if value is not None and value <= 0:
                 raise ConfigError(f"schedule.{key} must be above 0, got {value}")

@@ -90,11 +90,11 @@ class Rates:
         return replace(self, schedule=with_keys(schedule, keys), weight_decay=decay)
 
     def _position(self, step: int) -> int:
-        """The step that decides: this one, or its epoch's first (or that of an earlier epoch)."""
+        """The step that decides: this one, or the first of its epoch, or of an earlier epoch."""
         if self.schedule.per is Per.step:
             return step
-        epoch = step // self.steps_per_epoch - self.schedule.late_epochs
-        return max(0, epoch) * self.steps_per_epoch
+        length = self.schedule.every_epochs * self.steps_per_epoch
+        return max(0, step // length - self.schedule.late_epochs) * length
 
     def _warming(self, position: int) -> float:
         low, steps = self.schedule.warmup_lr, self.warmup_steps
