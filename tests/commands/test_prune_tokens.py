@@ -230,3 +230,29 @@ def test_a_runs_head_is_matched_with_the_classes_by_name(here: Path) -> None:
     words[1] = "name=d"
     with pytest.raises(DataError, match=r"other classes than the run .*missing nine; new minus on"):
         start(Line(command="eval", name="classification", overrides=words), text_console())
+
+
+def test_a_pruned_classifier_has_its_classes_by_name(here: Path) -> None:
+    """A trained head on the same pictures as a tree of files, whose classes sort otherwise."""
+    names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    (here / "names.txt").write_text("\n".join(names))
+    named = ("eval.at_end=[classification]", f"data.class_names={here / 'names.txt'}")
+    training = Line(
+        command="finetune", name="supervised", preset="smoke",
+        overrides=["track=none", "train.steps=30", "data.workers=0", "name=r", *named],
+    )  # fmt: skip
+    assert start(training, text_console()) == 0
+    tree = ("data=folder", f"data.path={_digits_as_words(here / 'tree', names)}", "data.workers=0")
+    pruned = ["encoder.checkpoint=runs/r", "eval.at_end=[classification]", "train.steps=0", *tree]
+    # Every patch kept: the reduced model is the one that was trained.
+    whole = ("method.r=0", "name=p")
+    assert start(line("tome", *pruned, *whole), text_console()) == 0
+    trained, found = (read_results(here / "runs" / name) for name in ("r", "p"))
+    for metric in ("classification/top1", "classification/loss"):
+        value = trained.value(metric)
+        assert value is not None
+        assert found.value(metric) == pytest.approx(value, abs=1e-6)
+    for split in ("train", "test"):
+        shutil.move(here / "tree" / split / "nine", here / "tree" / split / "minus one")
+    with pytest.raises(DataError, match=r"other classes than the run .*missing nine; new minus on"):
+        start(line("tome", *pruned, "name=q"), text_console())
