@@ -1,4 +1,4 @@
-"""Every backbone that a paper registers keeps timm's conventions; on the meta device."""
+"""Every backbone that a paper registers keeps timm's conventions; shapes on the meta device."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from functools import lru_cache
 import pytest
 import timm
 import torch
+from timm.layers.layer_scale import LayerScale
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vlx.core import registry
@@ -84,6 +86,35 @@ def test_intermediates_end_in_the_features(name: str) -> None:
     last, maps = model.forward_intermediates(images, indices=1)  # type: ignore[operator]
     assert len(maps) == 1
     assert last.shape == model.forward_features(images).shape  # type: ignore[operator]
+
+
+@torch.no_grad()
+def test_the_last_map_is_the_features(name: str) -> None:
+    """By value, for the smallest of each class that has timm's function."""
+    shapes = unchanged(name)
+    if not hasattr(shapes, "forward_intermediates") or name != smallest_of(type(shapes)):
+        pytest.skip("as another of its class")
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    for part in model.modules():
+        if isinstance(part, LayerScale):
+            torch.nn.init.ones_(part.gamma)  # what a block adds must be seen
+    images = torch.rand(1, *model.pretrained_cfg["input_size"])
+    features = model.forward_features(images)
+    last, maps = model.forward_intermediates(images, indices=1)
+    torch.testing.assert_close(last, features)
+    patches = maps[0].flatten(2).transpose(1, 2)
+    if isinstance(model, VisionTransformer):
+        end = features[:, model.num_prefix_tokens :]
+        if end.shape == patches.shape:
+            torch.testing.assert_close(model.norm(patches), end)
+
+
+def smallest_of(cls: type) -> str:
+    def size(name: str) -> int:
+        return sum(param.numel() for param in unchanged(name).parameters())
+
+    return min((n for n in NAMES if type(unchanged(n)) is cls), key=size)
 
 
 def test_what_is_not_decayed_exists(name: str) -> None:

@@ -151,7 +151,7 @@ def test_a_class_token_in_front_sees_no_image() -> None:
 def test_states_have_one_size_whatever_the_image() -> None:
     for size in (16, 32):
         model = VisionRetention(**{**SIZES, "img_size": size}, num_classes=5)
-        states = model.states(model.sequence(torch.zeros(1, 3, size, size)))
+        states = model.states(model._pos_embed(model.patch_embed(torch.zeros(1, 3, size, size))))
         assert sum(state.numel() for state in states) == 2 * 3 * 8 * 8
 
 
@@ -167,13 +167,13 @@ def test_without_layer_scale_a_block_is_the_identity() -> None:
 def test_norm_and_gelu_stand_between_the_heads_and_the_projection() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 7, 12)
-    layer = Retention(12, 3, form=Form.retention, norm=True, gelu=True)
+    layer = Retention(12, 3, form=Form.retention, norm=True, gelu=True, class_last=False)
     heads = retain(*layer.project(x), layer.gamma).transpose(1, 2).flatten(2)
     normed = (heads - heads.mean(-1, keepdim=True)) / (
         heads.var(-1, unbiased=False, keepdim=True) + 1e-6
     ).sqrt()
     torch.testing.assert_close(layer(x), layer.proj(nn.functional.gelu(normed)))
-    bare = Retention(12, 3, form=Form.retention, norm=False, gelu=False)
+    bare = Retention(12, 3, form=Form.retention, norm=False, gelu=False, class_last=False)
     bare.load_state_dict(layer.state_dict(), strict=False)
     torch.testing.assert_close(bare(x), layer.proj(heads))
 

@@ -159,8 +159,11 @@ class Retention(Attention):
 
     gamma: Tensor
 
-    def __init__(self, dim: int, heads: int, *, form: Form, norm: bool, gelu: bool) -> None:
+    def __init__(
+        self, dim: int, heads: int, *, form: Form, norm: bool, gelu: bool, class_last: bool
+    ) -> None:
         super().__init__(dim, heads, qkv_bias=True)
+        self.class_last = class_last
         self.look_back = softmax_of_decayed if form is Form.softmax else retain
         self.out_norm = nn.LayerNorm(dim, eps=1e-6) if norm else nn.Identity()
         self.out_act = nn.GELU() if gelu else nn.Identity()
@@ -169,12 +172,16 @@ class Retention(Attention):
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        """x: (B, N, D), all tokens; the other arguments are timm's and must be left alone."""
+        """x: (B, N, D), all tokens, the class token first; the other arguments are timm's and must
+        be left alone."""
         assert attn_mask is None
         assert not is_causal
+        if self.class_last:
+            x = x.roll(-1, dims=1)
         with without_autocast(x):
             out = self.look_back(*self.project(x), self.gamma)
-        return self.merge(out, x)
+        out = self.merge(out, x)
+        return out.roll(1, dims=1) if self.class_last else out
 
     def advance(self, x: Tensor, state: Tensor, how: Advance) -> tuple[Tensor, Tensor]:
         """The next tokens (B, L, D) and the state (B, H, d, d) after them."""
@@ -208,8 +215,8 @@ class RetentionBlock(Block):
 
 
 class VisionRetention(VisionTransformer):
-    """The backbone. `forward_features` gives (B, 1 + N, D), the class token first, wherever it
-    stood inside."""
+    """The backbone. Between blocks the class token is the first, as timm's functions expect; where
+    it is to stand last it is moved inside of the retention."""
 
     def __init__(
         self,
@@ -225,25 +232,19 @@ class VisionRetention(VisionTransformer):
         super().__init__(
             no_embed_class=True, init_values=1e-5, block_fn=RetentionBlock, **arguments
         )
-        self.class_first = class_place is ClassPlace.first
+        self.class_last = class_place is ClassPlace.last
         self.chunk = {Mode.parallel: None, Mode.chunkwise: chunk_size, Mode.recurrent: 1}[mode]
         self.how: Advance = retain_token if mode is Mode.recurrent else retain_chunk
         heads = int(arguments["num_heads"])
         for block in self.blocks:
-            block.attn = Retention(self.embed_dim, heads, form=form, norm=norm, gelu=gelu)
+            block.attn = Retention(
+                self.embed_dim, heads, form=form, norm=norm, gelu=gelu, class_last=self.class_last
+            )
             for part in (block.attn.qkv, block.attn.proj):
                 nn.init.trunc_normal_(part.weight, std=0.02)
                 nn.init.zeros_(part.bias)
         assert self.pos_embed is not None
         nn.init.normal_(self.pos_embed, std=0.02)
-
-    def sequence(self, images: Tensor) -> Tensor:
-        """Normalised images to tokens (B, N + 1, D) in the order in which they are seen."""
-        x = self.patch_embed(images)
-        x = x + self.pos_embed
-        assert self.cls_token is not None
-        token = self.cls_token.expand(len(x), -1, -1)
-        return torch.cat([token, x] if self.class_first else [x, token], dim=1)
 
     def states(self, x: Tensor) -> list[Tensor]:
         """What every block starts from: zeros (B, H, d, d)."""
@@ -257,16 +258,16 @@ class VisionRetention(VisionTransformer):
     def forward_features(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        """x: normalised images (B, 3, H, W)."""
-        x = self.sequence(x)
-        x = self.blocks(x) if self.chunk is None else self.in_chunks(x, self.chunk)
-        x = self.norm(x)
-        if self.class_first:
-            return x
-        return torch.cat([x[:, -1:], x[:, :-1]], dim=1)
+        """x: normalised images (B, 3, H, W). Returns (B, 1 + N, D), the class token first."""
+        if self.chunk is None:
+            return super().forward_features(x, attn_mask, is_causal)
+        x = self._pos_embed(self.patch_embed(x))
+        turn = 1 if self.class_last else 0
+        return self.norm(self.in_chunks(x.roll(-turn, dims=1), self.chunk)).roll(turn, dims=1)
 
     def in_chunks(self, x: Tensor, size: int) -> Tensor:
-        """Each chunk through all blocks before the next: states are all that is kept of it."""
+        """x: (B, 1 + N, D) in the order in which it is seen. Each chunk goes through all blocks
+        before the next: states are all that is kept of it."""
         states, done = self.states(x), []
         for part in x.split(size, dim=1):
             for number, block in enumerate(self.blocks):
