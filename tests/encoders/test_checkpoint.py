@@ -244,7 +244,7 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [{"epoch": 3}, [1, 2]])
 def test_a_file_without_weights_says_so(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "none.pth")
-    with pytest.raises(CheckpointError, match="holds no state dict"):
+    with pytest.raises(CheckpointError, match="no state dict"):
         build_from(tmp_path / "none.pth")
 
 

@@ -389,12 +389,13 @@ class _Evil:
 
 
 def test_malicious_pickle_is_refused(tmp_path: Path) -> None:
-    for name, value in {"a.pth": {"model": _Evil()}, "b.pth": _Evil()}.items():
+    beside = {"model": {"weight": torch.ones(2), "more": _Evil()}}
+    for name, value in {"a.pth": {"model": _Evil()}, "b.pth": _Evil(), "c.pth": beside}.items():
         with (tmp_path / name).open("wb") as stream:
             pickle.dump(value, stream)
         torch.save(value, tmp_path / f"zip-{name}")
         for file in (tmp_path / name, tmp_path / f"zip-{name}"):
-            with pytest.raises(CheckpointError, match=r"cannot read|holds no state dict"):
+            with pytest.raises(CheckpointError, match="cannot read"):
                 read_weights(file)
     assert not Path("/tmp/vlx-was-here").exists()
 

@@ -40,6 +40,7 @@ TOKEN_TABLES = ("tokens.weight", "word_embeddings.weight", "embed_tokens.weight"
 
 # Keys of published files that are not the encoder's: decoders, heads, momentum copies.
 _NOT_ENCODER = ("decoder", "mask_token", "head.", "fc_norm.", "mimic", "teacher.", "momentum")
+_WANTED = "no state dict (a mapping of names to tensors)"
 _PREFIXES = (
     "encoder.vit.", "encoder.model.", "image.vit.", "image.model.", "vit.", "module.", "backbone.",
     "encoder.", "towers.image.vit.", "towers.image.model.", "towers.text.", "text.",
@@ -71,12 +72,23 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     for key in ("model", "state_dict", "teacher"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
+    held = state
     if isinstance(state, Hollow):  # a script's module
         state = tensors_of(state)
-    rows = state.values() if isinstance(state, dict) else ()
-    if not isinstance(state, dict) or not rows or not all(isinstance(v, Tensor) for v in rows):
-        raise CheckpointError(f"{file} holds no state dict (a mapping of names to tensors)")
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise CheckpointError(f"cannot read {file}: it holds {_what(held)}, {_WANTED}")
+    if not state:
+        raise CheckpointError(f"cannot read {file}: it holds {_what(held)} and no tensor")
     return state
+
+
+def _what(held: Any) -> str:
+    """In words, what a file holds: of a mapping, what is first in it and is no tensor."""
+    if isinstance(held, dict):
+        others = {name: value for name, value in held.items() if not isinstance(value, Tensor)}
+        inside = [f"{_what(value)} as {name!r}" for name, value in others.items()]
+        return f"a mapping with {inside[0]}" if inside else "a mapping"
+    return held.named if isinstance(held, Hollow) else f"a {type(held).__name__}"
 
 
 def _read(file: Path) -> Any:
