@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("start", "data", "loop", "mae_step", "augment", "tokens", "retrieval")
+NAMES = ("start", "data", "loop", "mae_step", "augment", "tokens", "retrieval", "knn")
 
 
 def run_one(name: str) -> list[str]:

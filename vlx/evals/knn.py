@@ -19,9 +19,8 @@ def knn_predict(
 ) -> Tensor:
     """Class of each row of `test (M, D)`: votes of the k most similar rows of `train (N, D)` by
     cosine, each weighted exp(similarity / 0.07). Returns (M,) int64."""
-    train, test = normalize(train, dim=1), normalize(test, dim=1)
     predictions = []
-    for block in test.split(_BLOCK):
+    for block in normalize(test, dim=1).split(_BLOCK):
         similarity, index = _nearest(block, train, min(k, len(train)))  # (m, k)
         votes = torch.zeros(len(block), num_classes, device=block.device)
         votes.scatter_add_(1, labels[index], (similarity / TEMPERATURE).exp())
@@ -30,14 +29,15 @@ def knn_predict(
 
 
 def _nearest(queries: Tensor, train: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(m, k) similarities, best first, and rows of the k most similar of `train (N, D)`.
+    """(m, k) cosines, best first, and rows of the k most similar of `train (N, D)`.
 
-    Looks at `_COLUMNS` rows at a time: 1.28 M rows at once would be 5 GB of similarities.
+    queries: (m, D) of length one. Looks at `_COLUMNS` rows at a time: 1.28 M rows at once would be
+    5 GB of similarities, and a copy of them at length one as much as the features.
     """
     best = queries.new_zeros(len(queries), 0)
     at = torch.zeros(len(queries), 0, dtype=torch.int64, device=queries.device)
     for start in range(0, len(train), _COLUMNS):
-        found = queries @ train[start : start + _COLUMNS].T
+        found = queries @ normalize(train[start : start + _COLUMNS], dim=1).T
         value, place = found.topk(min(k, found.shape[1]), dim=1)
         best, at = torch.cat([best, value], 1), torch.cat([at, place + start], 1)
         best, order = best.topk(min(k, best.shape[1]), dim=1)
