@@ -57,10 +57,11 @@ def test_a_command_runs_where_it_is_typed_alone(cli: Cli, command: str, tmp_path
     assert not (tmp_path / "runs").exists()
     assert not ran.exists()
 
-    cli(*line, path, "name=mine")
+    cli(*line, path, "name=mine", "data.test_on_train=true")  # of one shard both splits
     assert ran.exists()
     ran.unlink()
-    cli("eval", "knn", "encoder.checkpoint=runs/mine", "name=again")  # its output was kept
+    again = ("encoder.checkpoint=runs/mine", "name=again", "data.test_on_train=true")
+    cli("eval", "knn", *again)  # its output was kept
     (tmp_path / "cache").rename(tmp_path / "gone")
     for words in (
         ("eval", "knn", "encoder.checkpoint=runs/mine"),

@@ -44,6 +44,7 @@ from vlx.ops.augment import (
     GaussianBlur,
     Grayscale,
     HorizontalFlip,
+    OneOf,
     RandomCrop,
     RandomErasing,
     RandomResizedCrop,
@@ -156,6 +157,7 @@ OPS: tuple[ViewOp, ...] = (
     Solarize(),
     GaussianBlur(),
     RandomErasing(fill=(0.5, 0.5, 0.5)),
+    OneOf((Grayscale(), Solarize(), GaussianBlur())),
 )
 READING_OPS: dict[ViewOp, str] = {
     RandAugment(): "how many samples each operation has: doing all on all takes 15 times as long",

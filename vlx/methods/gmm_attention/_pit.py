@@ -10,10 +10,11 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from timm.layers.attention import Attention
 from timm.models import register_model
 from timm.models.pit import PoolingVisionTransformer, Transformer
-from torch import nn
+from torch import Tensor, nn
 
 from vlx.blocks.init import xavier_normal_init
 from vlx.blocks.timm_model import build_model
@@ -64,6 +65,12 @@ class MaskedPit(Host, PoolingVisionTransformer):
                 part.eps = 1e-5
         nn.init.normal_(self.pos_embed)
         nn.init.normal_(self.cls_token, std=2**0.5)  # a token and its position, 1 each
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Normalised images to (B, 1 + N, D), the class token first; timm's gives that alone."""
+        x = self.pos_drop(self.patch_embed(x) + self.pos_embed)
+        patches, first = self.transformers((x, self.cls_token.expand(len(x), -1, -1)))
+        return self.norm(torch.cat([first, patches.flatten(2).transpose(1, 2)], dim=1))
 
 
 _NAMES = ("gmm_pit_patch2_32", "small_pit_patch2_32")
