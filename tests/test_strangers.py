@@ -156,6 +156,19 @@ def test_texts_stay_the_characters_that_were_typed(text: str, tmp_path: Path) ->
     assert read_config(tmp_path)["name"] == text
 
 
+@pytest.mark.parametrize(
+    "text", ["~/shards/{split}-*.tar", "~/{train,test}-{0..3}.tar", "~/a (1)", "~/it's", "a\\b (c)"]
+)
+def test_brackets_that_hydra_cannot_read_are_a_texts_own(text: str) -> None:
+    """The README's line for shards is the first."""
+    assert compose("mae", "pretrain-mim", None, [f"data.path={text}"])["data"]["path"] == text
+
+
+def test_brackets_that_begin_a_value_are_hydras() -> None:
+    with pytest.raises(VlxError, match="cannot read"):
+        compose("mae", "pretrain-mim", None, ["track.tags=[a,(b"])
+
+
 def test_texts_of_a_preset_stay_the_characters_that_are_written(tmp_path: Path) -> None:
     for text in _ODD[:-1]:
         (tmp_path / "p.yaml").write_text(f"name: {text}\ntrack: {{tags: [{text}], entity: null}}\n")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import sys
-import types
 import typing
 from enum import Enum
 from functools import lru_cache
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vlx.core import registry
+from vlx.core.hints import without_none
 from vlx.engine.config import RunConfig
 
 _WORDS = {bool: "true/false", int: "integer", float: "number", str: "text"}
@@ -46,7 +46,7 @@ def _keys(cls: type, prefix: str) -> list[Key]:
     found: list[Key] = []
     for field in dataclasses.fields(cls):
         name = f"{prefix}{field.name}"
-        hint, optional = _without_none(hints[field.name])
+        hint, optional = without_none(hints[field.name])
         if dataclasses.is_dataclass(hint) and not optional:
             found += _keys(typing.cast(type, hint), f"{name}.")
             continue
@@ -56,13 +56,6 @@ def _keys(cls: type, prefix: str) -> list[Key]:
         if dataclasses.is_dataclass(hint):
             found += _keys(typing.cast(type, hint), f"{name}.")
     return found
-
-
-def _without_none(hint: Any) -> tuple[Any, bool]:
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        (inner,) = [option for option in typing.get_args(hint) if option is not type(None)]
-        return inner, True
-    return hint, False
 
 
 def _words(hint: Any) -> tuple[str, tuple[str, ...]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
 from enum import Enum
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from vlx.core import registry
 from vlx.core.errors import ConfigError, nearest
+from vlx.core.hints import without_none
 from vlx.core.yaml_file import read_yaml
 from vlx.engine.config import RunConfig
 from vlx.engine.rundir import CONFIG_FILE
@@ -28,10 +28,9 @@ def from_dict(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        if value is None:
-            return None
-        (hint,) = [option for option in typing.get_args(hint) if option is not type(None)]
+    hint, optional = without_none(hint)
+    if optional and value is None:
+        return None
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value or {}, f"{key}.")
     if isinstance(hint, type) and issubclass(hint, Enum):
