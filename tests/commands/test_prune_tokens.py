@@ -209,50 +209,54 @@ def _digits_as_words(root: Path, names: Sequence[str]) -> str:
     return str(root)
 
 
-def test_a_runs_head_is_matched_with_the_classes_by_name(here: Path) -> None:
-    """The same pictures in another order of classes give the same accuracy, not that of chance."""
-    names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-    (here / "names.txt").write_text("\n".join(names))
-    named = ("eval.at_end=[classification]", f"data.class_names={here / 'names.txt'}")
-    assert start(line("evit", "name=r", "train.steps=8", *named), text_console()) == 0
-    # The folders have names of their own: the run's file of names says nothing of them.
-    tree = ("data.source=folder", f"data.path={_digits_as_words(here / 'tree', names)}")
-    words = [f"encoder.checkpoint={here / 'runs' / 'r'}", "name=c", *tree]
-    assert start(Line(command="eval", name="classification", overrides=words), text_console()) == 0
-    trained, found = (read_results(here / "runs" / name) for name in ("r", "c"))
+_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def _named(here: Path) -> tuple[str, str]:
+    """Words of a run whose classes have these names, in this order."""
+    (here / "names.txt").write_text("\n".join(_NAMES))
+    return "eval.at_end=[classification]", f"data.class_names={here / 'names.txt'}"
+
+
+def _assert_same_figures(here: Path, *names: str) -> None:
+    first, second = (read_results(here / "runs" / name) for name in names)
     for metric in ("classification/top1", "classification/loss"):
-        value = trained.value(metric)
+        value = first.value(metric)
         assert value is not None
         # Batches are cut in another order, which float sums show.
-        assert found.value(metric) == pytest.approx(value, abs=1e-6)
+        assert second.value(metric) == pytest.approx(value, abs=1e-6)
+
+
+def _assert_another_class_is_refused(here: Path, of_the_tree: Line) -> None:
     for split in ("train", "test"):
         shutil.move(here / "tree" / split / "nine", here / "tree" / split / "minus one")
-    words[1] = "name=d"
     with pytest.raises(DataError, match=r"other classes than the run .*missing nine; new minus on"):
-        start(Line(command="eval", name="classification", overrides=words), text_console())
+        start(of_the_tree, text_console())
+
+
+def test_a_runs_head_is_matched_with_the_classes_by_name(here: Path) -> None:
+    """The same pictures in another order of classes give the same accuracy, not that of chance."""
+    assert start(line("evit", "name=r", "train.steps=8", *_named(here)), text_console()) == 0
+    # The folders have names of their own: the run's file of names says nothing of them.
+    tree = ("data.source=folder", f"data.path={_digits_as_words(here / 'tree', _NAMES)}")
+    words = [f"encoder.checkpoint={here / 'runs' / 'r'}", "name=c", *tree]
+    assert start(Line(command="eval", name="classification", overrides=words), text_console()) == 0
+    _assert_same_figures(here, "r", "c")
+    words[1] = "name=d"
+    again = Line(command="eval", name="classification", overrides=words)
+    _assert_another_class_is_refused(here, again)
 
 
 def test_a_pruned_classifier_has_its_classes_by_name(here: Path) -> None:
     """A trained head on the same pictures as a tree of files, whose classes sort otherwise."""
-    names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-    (here / "names.txt").write_text("\n".join(names))
-    named = ("eval.at_end=[classification]", f"data.class_names={here / 'names.txt'}")
     training = Line(
         command="finetune", name="supervised", preset="smoke",
-        overrides=["track=none", "train.steps=30", "data.workers=0", "name=r", *named],
+        overrides=["track=none", "train.steps=30", "data.workers=0", "name=r", *_named(here)],
     )  # fmt: skip
     assert start(training, text_console()) == 0
-    tree = ("data=folder", f"data.path={_digits_as_words(here / 'tree', names)}", "data.workers=0")
+    tree = ("data=folder", f"data.path={_digits_as_words(here / 'tree', _NAMES)}", "data.workers=0")
     pruned = ["encoder.checkpoint=runs/r", "eval.at_end=[classification]", "train.steps=0", *tree]
     # Every patch kept: the reduced model is the one that was trained.
-    whole = ("method.r=0", "name=p")
-    assert start(line("tome", *pruned, *whole), text_console()) == 0
-    trained, found = (read_results(here / "runs" / name) for name in ("r", "p"))
-    for metric in ("classification/top1", "classification/loss"):
-        value = trained.value(metric)
-        assert value is not None
-        assert found.value(metric) == pytest.approx(value, abs=1e-6)
-    for split in ("train", "test"):
-        shutil.move(here / "tree" / split / "nine", here / "tree" / split / "minus one")
-    with pytest.raises(DataError, match=r"other classes than the run .*missing nine; new minus on"):
-        start(line("tome", *pruned, "name=q"), text_console())
+    assert start(line("tome", *pruned, "method.r=0", "name=p"), text_console()) == 0
+    _assert_same_figures(here, "r", "p")
+    _assert_another_class_is_refused(here, line("tome", *pruned, "name=q"))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import pytest
+
+from vlx.core.errors import EXIT_INTERRUPTED
 from vlx.core.plain import PlainConsole
 from vlx.engine.run import execute
 
@@ -31,3 +34,10 @@ def stop_after(monkeypatch, step: int) -> None:
         return original(self, at, *args)
 
     monkeypatch.setattr(Trainer, "_gradients", gradients)
+
+
+def interrupt(run_dir: Path, step: int) -> None:
+    """Execute a run as far as a step, where it saves and ends as after a signal."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, step)
+        assert run_here(run_dir)[0] == EXIT_INTERRUPTED

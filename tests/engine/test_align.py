@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from tests.engine.compare import assert_close, assert_same_bits
-from tests.engine.inprocess import run_here, stop_after
+from tests.engine.inprocess import interrupt, run_here
 from tests.engine.processes import execute_world, make_run, relaunch
-from vlx.core.errors import EXIT_INTERRUPTED
 
 OVERRIDES = (
     "train.steps=6", "train.batch_size=32", "data.workers=0", "eval.at_end=[]",
@@ -63,15 +62,11 @@ def test_sharded_weights_train_like_whole_ones(tmp_path: Path, slug: str) -> Non
 
 
 @pytest.mark.parametrize("slug", ["clip", "albef"])
-def test_a_resumed_run_is_the_same_run(
-    tmp_path: Path, slug: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_is_the_same_run(tmp_path: Path, slug: str) -> None:
     """ALBEF: queue and momentum weights are in the checkpoint; the tokenizer is the run's own."""
     whole, cut = (make_run(tmp_path, name, *OVERRIDES, slug=slug) for name in ("whole", "cut"))
     assert run_here(whole)[0] == 0
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        assert run_here(cut)[0] == EXIT_INTERRUPTED
+    interrupt(cut, 3)
     assert run_here(cut)[0] == 0
     assert_same_bits(cut, whole)
     assert (cut / "tokenizer.json").read_bytes() == (whole / "tokenizer.json").read_bytes()

@@ -17,10 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests.data.make import encode, picture
-from tests.engine.inprocess import run_here, stop_after
+from tests.engine.inprocess import interrupt, run_here, stop_after
 from tests.engine.processes import execute, finish, make_run, start
 from vlx.core.errors import (
-    EXIT_INTERRUPTED,
     CheckpointError,
     ConfigError,
     DataError,
@@ -233,13 +232,9 @@ def test_keys_that_do_not_fit_are_listed() -> None:
 # Runs
 
 
-def test_run_with_a_damaged_newest_checkpoint_goes_on_from_the_one_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_with_a_damaged_newest_checkpoint_goes_on_from_the_one_before(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path, "run", *QUICK, "train.steps=6")
-    with monkeypatch.context() as patch:
-        stop_after(patch, 4)
-        assert run_here(run_dir)[0] == EXIT_INTERRUPTED
+    interrupt(run_dir, 4)
     damage_flip(run_dir / "checkpoints" / "step-00000004")
     (run_dir / "checkpoints" / ".tmp-step-00000006-123").mkdir()
     assert run_here(run_dir)[0] == 0
@@ -247,18 +242,14 @@ def test_run_with_a_damaged_newest_checkpoint_goes_on_from_the_one_before(
     assert names(run_dir / "checkpoints") == ["step-00000004", "step-00000006"]
 
 
-def test_a_run_whose_data_has_changed_is_not_resumed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_whose_data_has_changed_is_not_resumed(tmp_path: Path) -> None:
     folder = tmp_path / "data" / "train" / "ant"
     folder.mkdir(parents=True)
     for number in range(64):
         (folder / f"{number:02d}.bmp").write_bytes(encode(picture(number, 8), "BMP"))
     data = ("data.source=folder", f"data.path={tmp_path / 'data'}", "train.batch_size=32")
     run_dir = make_run(tmp_path, "run", *QUICK, *data)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2)
-        assert run_here(run_dir)[0] == EXIT_INTERRUPTED
+    interrupt(run_dir, 2)
     before = json.loads((run_dir / "data.json").read_text())["fingerprint"]
     original = (folder / "07.bmp").read_bytes()
     (folder / "07.bmp").write_bytes(encode(picture(99, 8), "BMP"))

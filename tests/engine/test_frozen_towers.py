@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from tests.contract.build import build
 from tests.encoders.make_hf import byte_bpe
 from tests.engine.compare import assert_same_bits, final
-from tests.engine.inprocess import run_here, stop_after
+from tests.engine.inprocess import interrupt, run_here, stop_after
 from tests.engine.processes import make_run
 from vlx.blocks.frozen import Frozen
 from vlx.blocks.momentum import MomentumCopy
 from vlx.commands.export import export
 from vlx.commands.replay import replay_run
 from vlx.commands.start import Line, start
-from vlx.core.errors import EXIT_INTERRUPTED, CheckpointError, DivergedError, VlxError
+from vlx.core.errors import CheckpointError, DivergedError, VlxError
 from vlx.core.manifest import manifest_text
 from vlx.core.results import read_results
 from vlx.encoders.checkpoint import read_best, read_weights
@@ -117,15 +117,11 @@ def test_encoders_and_language_models_start_from_them(limber: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     "slug", [s if s in QUICK_SLUGS else pytest.param(s, marks=SLOW) for s in TOWERS]
 )
-def test_a_resume_is_the_same_run(
-    slug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resume_is_the_same_run(slug: str, tmp_path: Path) -> None:
     words = (*QUICK, "train.keep_last=1")
     whole, cut = (make_run(tmp_path, name, *words, slug=slug) for name in ("whole", "cut"))
     assert run_here(whole)[0] == 0
-    with monkeypatch.context() as patch:
-        stop_after(patch, 1)
-        assert run_here(cut)[0] == EXIT_INTERRUPTED
+    interrupt(cut, 1)
     assert run_here(cut)[0] == 0
     assert_same_bits(cut, whole)
     for run_dir in (whole, cut):
@@ -180,14 +176,10 @@ def beside(folder: Path, name: str, *words: str) -> Path:
     return make_run(folder.parent, name, *QUICK, *text, *words, slug="limber")
 
 
-def test_a_local_language_model_is_named_and_not_copied(
-    local: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_local_language_model_is_named_and_not_copied(local: Path) -> None:
     whole, cut = (beside(local, name) for name in ("whole", "cut"))
     assert run_here(whole)[0] == 0
-    with monkeypatch.context() as patch:
-        stop_after(patch, 1)
-        assert run_here(cut)[0] == EXIT_INTERRUPTED
+    interrupt(cut, 1)
     assert run_here(cut)[0] == 0
     assert_same_bits(cut, whole)
     for run_dir in (whole, cut):
@@ -299,9 +291,7 @@ def test_checkpoints_with_all_weights_go_on(
     import shutil
 
     run_dir = make_run(tmp_path, "run", *QUICK, "train.keep_last=1", slug="limber")
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2)
-        assert run_here(run_dir)[0] == EXIT_INTERRUPTED
+    interrupt(run_dir, 2)
     snapshot = final(run_dir)
     snapshot.towers = []
     monkeypatch.setattr(checkpoint, "FORMAT", 1)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from tests.engine.inprocess import run_here, stop_after
+from tests.engine.inprocess import interrupt, run_here
 from tests.engine.processes import finish, make_run, start_world
 from vlx.commands.replay import replay_run
-from vlx.core.errors import EXIT_DIVERGED, EXIT_INTERRUPTED, DivergedError, VlxError
+from vlx.core.errors import EXIT_DIVERGED, DivergedError, VlxError
 from vlx.engine import checkpoint
 from vlx.engine.loop import Trainer
 from vlx.engine.nonfinite import evidence_folders, read_evidence
@@ -57,12 +57,10 @@ def test_run_stops_with_evidence_and_the_weights_are_left_alone(tmp_path: Path) 
     assert "not finite" in record.message
 
 
-def test_counter_survives_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counter_survives_a_resume(tmp_path: Path) -> None:
     """Steps 2 and 3 are left out, the run is stopped, and two more end it: not four."""
     run_dir = make_run(tmp_path, "run", *DIVERGES)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        assert run_here(run_dir)[0] == EXIT_INTERRUPTED
+    interrupt(run_dir, 3)
     assert states(run_dir)[-1].state["progress"]["skipped"] == 2
     with pytest.raises(DivergedError, match="step 5: not finite for 4 steps in a row"):
         run_here(run_dir)

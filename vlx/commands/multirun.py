@@ -21,7 +21,7 @@ from vlx.config.grid import Cell, expand, job_name, uses_plugin
 from vlx.config.hydra_app import read_plan, varying
 from vlx.config.overrides import parse
 from vlx.core.errors import ConfigError, VlxError
-from vlx.core.names import check_folder_name
+from vlx.core.names import folder_names
 from vlx.data.config import DataConfig
 from vlx.engine import rundir
 from vlx.engine.load import from_dict
@@ -80,12 +80,7 @@ def name_of(line: Line) -> str | None:
 def make_sweep_dir(runs_dir: str, name: str | None, slug: str) -> Path:
     """A new directory for a sweep, RUNS_DIR/sweeps/NAME."""
     root = Path(runs_dir).expanduser() / "sweeps"
-    stamp = f"{datetime.now():%Y%m%d-%H%M%S}-{slug}"
-    names = (
-        [check_folder_name(name, "name")]
-        if name is not None
-        else [stamp, *(f"{stamp}-{number}" for number in range(2, 100))]
-    )
+    names = folder_names(name, f"{datetime.now():%Y%m%d-%H%M%S}-{slug}")
     for candidate in names:
         try:
             (root / candidate).mkdir(parents=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,12 @@ def explain_write(error: OSError, path: Path) -> str:
             "Free some space and type `vlx resume` with the run's directory"
         )
     return f"cannot write {path}: {error.strerror or error}"
+
+
+def system_error(error: Exception) -> OSError:
+    """As an `OSError`, what a library says of one in words alone: "... (os error 28)"."""
+    number = re.search(r"os error (\d+)", str(error))
+    return OSError(int(number[1]) if number else 0, str(error))
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

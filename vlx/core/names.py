@@ -7,6 +7,13 @@ from vlx.core.errors import ConfigError
 _MAX_BYTES = 200  # of 255: temporary files add to it
 
 
+def folder_names(name: str | None, stamp: str) -> list[str]:
+    """The names to try for a new folder: the one that was given, or a stamp, then numbered."""
+    if name is not None:
+        return [check_folder_name(name, "name")]
+    return [stamp, *(f"{stamp}-{number}" for number in range(2, 100))]
+
+
 def check_folder_name(name: str, what: str) -> str:
     """The name, where it is one of a folder; `what` says whose it is: `name`, `--name`.
 

@@ -150,9 +150,10 @@ def read_best(run: Path) -> dict[str, Tensor] | None:
         raise CheckpointError(f"{last / STATE_FILE}: {name!r} is no checkpoint of the run")
     folder = run / "checkpoints" / name
     check(folder, only=WEIGHTS)
-    if (folder / "swad.safetensors").is_file():
-        return read_model(folder)
-    return read_weights(folder)
+    model, averaged = read_model(folder), folder / "ema.safetensors"
+    if averaged.is_file() and not (folder / "swad.safetensors").is_file():
+        model |= load_file(averaged)
+    return model
 
 
 def _weights_of_run(run: Path) -> Path:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from vlx.blocks.frozen import Frozen
 from vlx.blocks.momentum import MomentumCopy
 from vlx.core.errors import CheckpointError, StorageError, VlxError, one_line
-from vlx.core.files import explain_write, parse_json
+from vlx.core.files import explain_write, parse_json, system_error
 from vlx.core.manifest import MODEL_FILE, STATE_FILE
 from vlx.core.method import Trainable
 from vlx.encoders.language_model import LanguageModel, directory_weights
@@ -121,9 +121,7 @@ def write_tower(folder: Path, tower: FrozenTower, tensors: Mapping[str, Tensor])
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             tmp.unlink(missing_ok=True)
-        number = re.search(r"os error (\d+)", str(error))  # safetensors gives it as text
-        cause = OSError(int(number[1]), os.strerror(int(number[1]))) if number else error
-        cause = cause if isinstance(cause, OSError) else OSError(str(error))
+        cause = error if isinstance(error, OSError) else system_error(error)
         raise StorageError(explain_write(cause, file)) from error
 
 

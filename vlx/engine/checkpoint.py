@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vlx.core.errors import CheckpointError
-from vlx.core.files import explain_write
+from vlx.core.files import explain_write, system_error
 from vlx.core.manifest import (
     MANIFEST_FILE,
     MODEL_FILE,
@@ -84,9 +83,8 @@ def _write(tmp: Path, snapshot: Snapshot) -> None:
     for name, tensors in _parts(snapshot).items():
         try:
             save_file({key: value.contiguous() for key, value in tensors.items()}, tmp / name)
-        except SafetensorError as error:  # carries the system's error number as text
-            number = re.search(r"os error (\d+)", str(error))
-            raise OSError(int(number[1]) if number else 0, str(error)) from error
+        except SafetensorError as error:
+            raise system_error(error) from error
     (tmp / STATE_FILE).write_text(
         json.dumps({"format": FORMAT, **snapshot.state, **state_of(snapshot.towers)}, indent=1)
     )

@@ -145,15 +145,15 @@ class Run:
         source = classes_of_checkpoint(cfg, source)
         keep_training_data(self.run_dir, source.info, main=parallel.is_main)
         self.class_names = source.info.class_names
+        self.eval_data = self.during_data = self._eval_data(cfg.data)
+        if cfg.data.val_split is not None:
+            self.during_data = self._eval_data(replace(cfg.data, test_split=cfg.data.val_split))
+        self.on_training_data = check_run(cfg, source, self.eval_data, self.during_data)
         tokenizer = make_tokenizer(cfg.text, source, self.run_dir, main=parallel.is_main)
         method = build_method(cfg, source, tokenizer, load_weights=snapshot is None)
         frozen = keep_frozen(self.run_dir, method, snapshot, main=parallel.is_main)
         pipeline = build_pipeline(cfg, source, type(method), parallel, tokenizer)
         total = total_steps(cfg, pipeline.steps_per_epoch)
-        self.eval_data = self.during_data = self._eval_data(cfg.data)
-        if cfg.data.val_split is not None:
-            self.during_data = self._eval_data(replace(cfg.data, test_split=cfg.data.val_split))
-        self.on_training_data = check_run(cfg, source, self.eval_data, self.during_data)
         start = snapshot.step if snapshot else 0
         self.record.total_steps, self.record.step = total, start
         self._open_track(start)

@@ -18,7 +18,7 @@ from typing import Any
 
 from vlx.core.errors import ConfigError, StorageError, VlxError
 from vlx.core.files import parse_json, write_json
-from vlx.core.names import check_folder_name
+from vlx.core.names import folder_names
 from vlx.core.results import FILE_NAME
 
 RUN_FILE = "run.json"
@@ -130,12 +130,7 @@ def make_run_dir(runs_dir: str, name: str | None, slug: str, seed: int) -> Path:
     on with.
     """
     root = Path(runs_dir).expanduser()
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    names = (
-        [check_folder_name(name, "name")]
-        if name is not None
-        else [f"{stamp}-{slug}-s{seed}", *(f"{stamp}-{slug}-s{seed}-{i}" for i in range(2, 100))]
-    )
+    names = folder_names(name, f"{datetime.now():%Y%m%d-%H%M%S}-{slug}-s{seed}")
     for candidate in names:
         path = root / candidate
         try:

@@ -113,7 +113,7 @@ class AnchoredPatchEmbed(PatchEmbed):
     """Twins' first patch embedding on anchored images."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        return super().forward(polyphase_anchor(x, self.proj.stride[0]))  # type: ignore[index]
+        return super().forward(polyphase_anchor(x, self.patch_size[0]))  # type: ignore[index]
 
 
 class AnchoredBlock(Block):
