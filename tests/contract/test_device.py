@@ -160,10 +160,10 @@ OPS: tuple[ViewOp, ...] = (
     OneOf((Grayscale(), Solarize(), GaussianBlur())),
 )
 READING_OPS: dict[ViewOp, str] = {
-    RandAugment(): "how many samples each operation has: doing all on all takes 15 times as long",
+    RandAugment(): "how many samples each of 15 operations has: all on all is 15 times the work",
     ALBEF_RANDOM: "as RandAugment",
     AutoAugment(): "as RandAugment",
-    RandomErasing(): "how many pixels are erased: noise for all of them takes six times as long",
+    RandomErasing(): "how many pixels are erased: noise for all takes 26 times as long (64 at 224)",
 }
 
 
