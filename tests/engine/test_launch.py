@@ -128,13 +128,17 @@ def test_refused_second_command_leaves_the_state_of_the_first(
 def test_signals_reach_every_worker(
     number: signal.Signals, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    ready = str(run_dir / "ready")  # a busy machine starts the first worker long after the second
     workers(
         monkeypatch,
         f"""
         for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
             signal.signal(n, lambda *_: os._exit(75))
+        if rank == 0:
+            open({ready!r}, "w").close()
         if rank == 1:
-            time.sleep(0.05)
+            while not os.path.exists({ready!r}):
+                time.sleep(0.01)
             os.kill(os.getppid(), signal.Signals({int(number)}))
         time.sleep(60)
         """,
