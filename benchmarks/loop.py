@@ -16,7 +16,8 @@ from benchmarks.measure import Row, alternate, peak_mib
 from vlx.config.compose import compose
 from vlx.core import registry
 from vlx.core.fields import Batch
-from vlx.core.method import StepContext, Trainable
+from vlx.core.method import Trainable
+from vlx.core.step import StepContext
 from vlx.data.open import open_source
 from vlx.data.pipeline import Share, TrainPipeline
 from vlx.encoders.build import EncoderBuilder

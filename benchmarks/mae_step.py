@@ -8,7 +8,8 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from benchmarks.measure import Row, alternate
 from vlx.config.compose import compose
 from vlx.core import registry
-from vlx.core.method import StepContext, Trainable
+from vlx.core.method import Trainable
+from vlx.core.step import StepContext
 from vlx.encoders.build import EncoderBuilder
 from vlx.engine.load import run_config
 

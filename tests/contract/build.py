@@ -10,7 +10,8 @@ import torch
 from vlx.config.compose import compose
 from vlx.core import registry
 from vlx.core.fields import Batch, Needs
-from vlx.core.method import StepContext, Trainable
+from vlx.core.method import Trainable
+from vlx.core.step import StepContext
 from vlx.data.pipeline import Share
 from vlx.encoders.config import TextConfig
 from vlx.engine.build import builder_of

@@ -106,7 +106,7 @@ def test_ids_are_not_changed() -> None:
 
 
 def test_what_a_step_shares_is_the_same_on_every_process() -> None:
-    from vlx.core.method import StepContext
+    from vlx.core.step import StepContext
 
     def draw(step: int, offset: int, stream: str = "grid") -> int:
         ctx = StepContext(step=step, total_steps=9, steps_per_epoch=3, seed=1, sample_offset=offset)

@@ -15,7 +15,8 @@ from torch import nn
 from vlx.core.config import MethodConfig
 from vlx.core.errors import ConfigError
 from vlx.core.fields import Batch, Needs, ViewSpec
-from vlx.core.method import Builder, StepContext, StepOutput, Trainable
+from vlx.core.method import Builder, Trainable
+from vlx.core.step import StepContext, StepOutput
 from vlx.encoders.build import EncoderBuilder
 from vlx.encoders.config import EncoderConfig
 from vlx.engine.config import OptimConfig, Optimizer, Schedule, ScheduleConfig, TrainConfig

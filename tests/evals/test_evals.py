@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from vlx.core.capability import Capability, ClassLogits, ImageFeatures, Reconstruction
 from vlx.core.errors import ConfigError, VlxError
-from vlx.core.method import StepContext
+from vlx.core.step import StepContext
 from vlx.data.config import DataConfig
 from vlx.data.open import open_source
 from vlx.data.subset import Subset, evenly

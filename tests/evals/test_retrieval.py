@@ -15,9 +15,9 @@ from tests.evals.twin import Pairs, Twin, eval_data, subject
 from vlx.core.errors import DataError
 from vlx.evals import ranking
 from vlx.evals.base import Subject
+from vlx.evals.corpus import read_corpus
 from vlx.evals.ranking import Ranks, count_ranks, similarity, top_k
 from vlx.evals.registry import evaluator
-from vlx.evals.retrieval import read_corpus
 
 N, E = 60, 16
 FIELDS = ("image_to_text", "text_to_image", "image_to_text_by_text", "text_to_image_by_text")

@@ -20,7 +20,7 @@ from vlx.commands.start import prepare
 from vlx.config.compose import compose
 from vlx.core.capability import DualEncoder, PairScorer
 from vlx.core.errors import CheckpointError, ConfigError
-from vlx.core.method import StepContext
+from vlx.core.step import StepContext
 from vlx.core.text import Tokenizer
 from vlx.encoders.build import EncoderBuilder
 from vlx.encoders.config import EncoderConfig, TextConfig

@@ -16,7 +16,7 @@ from tests.contract.build import NUM_CLASSES, build, config, context, smoke_batc
 from vlx.commands.dry_run import measure
 from vlx.core.capability import ChannelSubsets
 from vlx.core.errors import ConfigError
-from vlx.core.method import StepContext
+from vlx.core.step import StepContext
 from vlx.encoders.build import EncoderBuilder
 from vlx.encoders.config import EncoderConfig
 from vlx.methods.channelvit import ChannelVit, ChannelVitClassifier, draw_channels

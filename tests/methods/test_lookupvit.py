@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate, layer_norm, softmax
 from tests.contract.build import build, config, context
 from vlx.core.capability import Budgets, ImageFeatures, ReducedTokens
 from vlx.core.errors import ConfigError
-from vlx.core.method import StepContext
+from vlx.core.step import StepContext
 from vlx.encoders.build import EncoderBuilder
 from vlx.evals.tokens import gmacs
 from vlx.methods.lookupvit import LookupVit, LookupVitConfig

@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.contract.build import build, config, context
 from vlx.commands.dry_run import measure
 from vlx.core.errors import CheckpointError, ConfigError
-from vlx.core.method import StepContext
+from vlx.core.step import StepContext
 from vlx.encoders.build import EncoderBuilder
 from vlx.encoders.config import EncoderConfig
 from vlx.engine.config import RunConfig

@@ -15,7 +15,8 @@ from vlx.commands.dry_run import measure
 from vlx.core.config import MethodConfig
 from vlx.core.errors import ConfigError
 from vlx.core.fields import Batch
-from vlx.core.method import Coupled, StepContext
+from vlx.core.method import Coupled
+from vlx.core.step import StepContext
 from vlx.encoders.build import EncoderBuilder
 from vlx.encoders.config import EncoderConfig
 from vlx.methods.sit import Objective, Sit, SitConfig, Variant

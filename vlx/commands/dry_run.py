@@ -20,8 +20,9 @@ from vlx.core import registry
 from vlx.core.capability import DualEncoder, ImageFeatures, ReducedTokens
 from vlx.core.errors import DataError
 from vlx.core.fields import Batch, Needs
-from vlx.core.method import Method, StepContext, Trainable
+from vlx.core.method import Method, Trainable
 from vlx.core.plain import plain_lines
+from vlx.core.step import StepContext
 from vlx.data.open import open_source
 from vlx.data.shards import not_fetched
 from vlx.engine.build import SOME_CLASSES, builder_of

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from vlx.core.method import StepContext
+from vlx.core.step import StepContext
 
 
 class Capability(ABC):  # noqa: B024 - a marker; each kind has its own abstract methods

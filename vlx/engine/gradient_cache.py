@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from vlx.core.fields import Batch
-from vlx.core.method import Coupled, StepContext, StepOutput
+from vlx.core.method import Coupled
+from vlx.core.step import StepContext, StepOutput
 from vlx.engine.parallel import Parallel
 
 

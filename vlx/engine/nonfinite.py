@@ -15,8 +15,9 @@ from torch import nn
 
 from vlx.core.errors import CheckpointError, VlxError
 from vlx.core.files import parse_json, write_json
-from vlx.core.method import StepContext, Trainable
+from vlx.core.method import Trainable
 from vlx.core.random import step_seed
+from vlx.core.step import StepContext
 from vlx.data.open import open_source
 from vlx.data.pipeline import TrainPipeline
 from vlx.engine import checkpoint

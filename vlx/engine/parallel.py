@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from vlx.core.errors import ConfigError
 from vlx.core.fields import Batch
-from vlx.core.method import Coupled, StepContext, Trainable
+from vlx.core.method import Coupled, Trainable
+from vlx.core.step import StepContext
 from vlx.engine.batch_norm import share_batch_norms
 from vlx.engine.config import Device, LauncherConfig, Precision, Strategy, TrainConfig
 

@@ -10,8 +10,9 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from vlx.core.fields import Batch
-from vlx.core.method import Coupled, StepContext, Trainable
+from vlx.core.method import Coupled, Trainable
 from vlx.core.random import step_seed
+from vlx.core.step import StepContext
 from vlx.data.pipeline import Share
 from vlx.engine.ema import Ema
 from vlx.engine.gradient_cache import cached_gradients

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vlx.core.capability import ImageFeatures, Reconstruction
-from vlx.core.method import StepContext
+from vlx.core.step import StepContext
 from vlx.evals.base import EvalData, Evaluation, Subject
 from vlx.evals.pictures import grid, to_picture
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from vlx.core.capability import PairScorer
 from vlx.evals.base import EvalData, Subject
+from vlx.evals.corpus import Corpus
 from vlx.evals.ranking import top_k
-
-if TYPE_CHECKING:
-    from vlx.evals.retrieval import Corpus
 
 
 def rerank(

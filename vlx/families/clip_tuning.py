@@ -20,7 +20,8 @@ from vlx.core.capability import Capability, OpenVocabulary
 from vlx.core.config import ClipTuningConfig
 from vlx.core.errors import ConfigError
 from vlx.core.fields import LABEL, Batch, Needs, ViewSpec
-from vlx.core.method import Builder, ParamGroup, StepContext, StepOutput, Trainable
+from vlx.core.method import Builder, ParamGroup, Trainable
+from vlx.core.step import StepContext, StepOutput
 from vlx.encoders.base import EncoderFeatures
 from vlx.encoders.clip_weights import load_clip
 from vlx.families.classifier import Logits

@@ -7,7 +7,8 @@ from torch import Tensor
 from vlx.blocks.logit_scale import LogitScale
 from vlx.core.capability import Capability
 from vlx.core.fields import Batch
-from vlx.core.method import ParamGroup, StepContext, StepOutput, Trainable
+from vlx.core.method import ParamGroup, Trainable
+from vlx.core.step import StepContext, StepOutput
 from vlx.encoders.base import EncoderFeatures
 from vlx.families.dual_encoder import JointSpace, Towers, exempt_class_tokens
 from vlx.ops.contrastive import clip_loss

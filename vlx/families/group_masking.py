@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlx.core.capability import Reconstruction
 from vlx.core.config import Corruption, GroupMaskingConfig
-from vlx.core.method import StepContext
+from vlx.core.step import StepContext
 from vlx.encoders.base import VisionEncoder
 from vlx.ops.corrupt import (
     DRAWS_PER_RECTANGLE,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from vlx.core.capability import Reconstruction
-from vlx.core.method import StepContext
+from vlx.core.step import StepContext
 from vlx.encoders.base import VisionEncoder
 from vlx.ops.patches import unpatchify, upsample_mask
 

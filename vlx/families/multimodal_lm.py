@@ -9,7 +9,8 @@ from torch import Tensor
 
 from vlx.core.capability import Captioner
 from vlx.core.fields import Batch
-from vlx.core.method import StepContext, StepOutput, Trainable
+from vlx.core.method import Trainable
+from vlx.core.step import StepContext, StepOutput
 from vlx.core.text import Tokenizer
 from vlx.encoders.language_model import LanguageModel
 from vlx.ops.text import caption_loss, real_tokens

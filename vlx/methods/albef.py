@@ -39,15 +39,9 @@ from vlx.core.capability import Capability, PairScorer
 from vlx.core.config import MethodConfig
 from vlx.core.errors import ConfigError
 from vlx.core.fields import Batch, Needs
-from vlx.core.method import (
-    Builder,
-    ParamGroup,
-    StepContext,
-    StepOutput,
-    Trainable,
-    decay_all_but_vectors,
-)
+from vlx.core.method import Builder, ParamGroup, Trainable, decay_all_but_vectors
 from vlx.core.paper import Paper
+from vlx.core.step import StepContext, StepOutput
 from vlx.encoders.base import EncoderFeatures
 from vlx.encoders.checkpoint import fit_positions, load_whole, read_weights
 from vlx.encoders.clip_weights import check_tokenizer

@@ -33,8 +33,9 @@ from vlx.core.capability import Capability, ChannelSubsets
 from vlx.core.config import ClassifierConfig
 from vlx.core.errors import ConfigError
 from vlx.core.fields import LABEL, Batch, Needs, ViewSpec
-from vlx.core.method import Builder, ParamGroup, StepContext, StepOutput
+from vlx.core.method import Builder, ParamGroup
 from vlx.core.paper import Paper
+from vlx.core.step import StepContext, StepOutput
 from vlx.encoders.base import EncoderFeatures, VisionEncoder
 from vlx.families.classifier import Classifier, Logits, training_view
 from vlx.ops.augment import ColorJitter

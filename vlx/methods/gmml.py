@@ -25,8 +25,9 @@ from vlx.core.capability import Capability
 from vlx.core.config import GroupMaskingConfig
 from vlx.core.errors import ConfigError
 from vlx.core.fields import Batch, Needs, ViewSpec
-from vlx.core.method import Builder, StepContext, StepOutput, Trainable
+from vlx.core.method import Builder, Trainable
 from vlx.core.paper import Paper
+from vlx.core.step import StepContext, StepOutput
 from vlx.encoders.base import EncoderFeatures
 from vlx.encoders.init import trunc_normal_vit_init
 from vlx.families.group_masking import CorruptedReconstruction, GroupMasking

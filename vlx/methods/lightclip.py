@@ -29,8 +29,9 @@ from vlx.core.capability import Capability
 from vlx.core.config import MethodConfig
 from vlx.core.errors import ConfigError
 from vlx.core.fields import Batch, Needs
-from vlx.core.method import Builder, ParamGroup, StepContext, StepOutput, Trainable
+from vlx.core.method import Builder, ParamGroup, Trainable
 from vlx.core.paper import Paper
+from vlx.core.step import StepContext, StepOutput
 from vlx.encoders.base import EncoderFeatures
 from vlx.families.dual_encoder import (
     PAIR_FIELDS,

@@ -24,8 +24,9 @@ from vlx.blocks.frozen import Frozen
 from vlx.core.capability import Capability
 from vlx.core.config import MethodConfig
 from vlx.core.fields import Batch, Needs, ViewSpec
-from vlx.core.method import Builder, StepContext, StepOutput
+from vlx.core.method import Builder
 from vlx.core.paper import Paper
+from vlx.core.step import StepContext, StepOutput
 from vlx.encoders.base import EncoderFeatures
 from vlx.encoders.language_model import LanguageModel
 from vlx.families.dual_encoder import PAIR_FIELDS

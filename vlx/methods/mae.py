@@ -17,8 +17,9 @@ from vlx.blocks.mim_decoder import MAEDecoder
 from vlx.core.capability import Capability
 from vlx.core.config import MethodConfig
 from vlx.core.fields import Batch, Needs, ViewSpec
-from vlx.core.method import Builder, StepContext, StepOutput, Trainable
+from vlx.core.method import Builder, Trainable
 from vlx.core.paper import Paper
+from vlx.core.step import StepContext, StepOutput
 from vlx.encoders.base import EncoderFeatures
 from vlx.encoders.init import mae_init
 from vlx.families.masked import PatchReconstruction

@@ -34,8 +34,9 @@ from vlx.core.capability import Capability, ImageFeatures, ReducedTokens
 from vlx.core.config import MethodConfig
 from vlx.core.errors import ConfigError
 from vlx.core.fields import Batch, Needs, ViewSpec
-from vlx.core.method import Builder, ParamGroup, StepContext, StepOutput, Trainable
+from vlx.core.method import Builder, ParamGroup, Trainable
 from vlx.core.paper import Paper
+from vlx.core.step import StepContext, StepOutput
 from vlx.encoders.base import VisionEncoder
 from vlx.families.classifier import Logits
 from vlx.ops.augment import HorizontalFlip, RandomResizedCrop

@@ -26,15 +26,9 @@ from vlx.blocks.projectors import ResidualHead, TokenProjector
 from vlx.core.capability import Capability
 from vlx.core.config import MethodConfig
 from vlx.core.fields import Batch, Needs
-from vlx.core.method import (
-    Builder,
-    ParamGroup,
-    StepContext,
-    StepOutput,
-    Trainable,
-    decay_all_but_vectors,
-)
+from vlx.core.method import Builder, ParamGroup, Trainable, decay_all_but_vectors
 from vlx.core.paper import Paper
+from vlx.core.step import StepContext, StepOutput
 from vlx.encoders.base import EncoderFeatures
 from vlx.families.dual_encoder import PAIR_FIELDS, JointSpace, PairTowers, caption_view
 from vlx.ops.contrastive import paired_cross_entropy

@@ -41,8 +41,9 @@ from vlx.core.capability import Capability, OpenVocabulary
 from vlx.core.config import MethodConfig
 from vlx.core.errors import CheckpointError, ConfigError
 from vlx.core.fields import LABEL, Batch, Needs, ViewOp, ViewSpec
-from vlx.core.method import Builder, StepContext, StepOutput, Trainable
+from vlx.core.method import Builder, Trainable
 from vlx.core.paper import Paper
+from vlx.core.step import StepContext, StepOutput
 from vlx.encoders.base import EncoderFeatures, VisionEncoder
 from vlx.encoders.checkpoint import ADAPTER_FILE, read_best, read_weights
 from vlx.encoders.clip_weights import load_clip

@@ -27,8 +27,8 @@ from vlx.core.capability import Budgets, Capability, ImageFeatures
 from vlx.core.config import ClassifierConfig
 from vlx.core.errors import ConfigError
 from vlx.core.fields import Batch
-from vlx.core.method import StepContext, StepOutput
 from vlx.core.paper import Paper
+from vlx.core.step import StepContext, StepOutput
 from vlx.families.classifier import Logits
 from vlx.families.few_tokens import FewTokenClassifier, Gathering
 from vlx.methods.lookupvit._network import LookupVisionTransformer

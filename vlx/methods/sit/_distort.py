@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vlx.core.method import StepContext
+from vlx.core.step import StepContext
 from vlx.ops.corrupt import group_partner
 
 LEAST, LARGEST, AREA = 0.05, 0.25, 0.3  # sides and area as shares of the image's

@@ -15,7 +15,8 @@ from vlx.blocks.reconstruction_head import ReconstructionHead
 from vlx.core.capability import Capability
 from vlx.core.errors import ConfigError
 from vlx.core.fields import Batch, Needs, ViewSpec
-from vlx.core.method import Builder, ParamGroup, StepContext, StepOutput, Trainable
+from vlx.core.method import Builder, ParamGroup, Trainable
+from vlx.core.step import StepContext, StepOutput
 from vlx.encoders.base import EncoderFeatures, VisionEncoder
 from vlx.encoders.init import trunc_normal_vit_init
 from vlx.families.group_masking import CorruptedReconstruction, GroupMasking

@@ -12,7 +12,8 @@ from vlx.blocks.init import trunc_normal_init
 from vlx.core.capability import Capability
 from vlx.core.errors import ConfigError
 from vlx.core.fields import Batch, Needs, ViewSpec
-from vlx.core.method import Builder, StepContext, StepOutput
+from vlx.core.method import Builder
+from vlx.core.step import StepContext, StepOutput
 from vlx.encoders.base import EncoderFeatures, VisionEncoder
 from vlx.families.group_masking import CorruptedReconstruction
 from vlx.methods.sit._distort import distort

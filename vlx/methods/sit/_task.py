@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from vlx.core.capability import Capability
 from vlx.core.fields import Batch, Needs
-from vlx.core.method import Builder, ParamGroup, StepContext, StepOutput, Trainable
+from vlx.core.method import Builder, ParamGroup, Trainable
+from vlx.core.step import StepContext, StepOutput
 from vlx.encoders.base import VisionEncoder
 from vlx.families.classifier import decay_as_models_say
 

@@ -11,7 +11,8 @@ from vlx.blocks.init import trunc_normal_init
 from vlx.core.capability import Capability, ClassLogits
 from vlx.core.errors import ConfigError
 from vlx.core.fields import LABEL, Batch, Needs, ViewSpec
-from vlx.core.method import Builder, StepContext, StepOutput
+from vlx.core.method import Builder
+from vlx.core.step import StepContext, StepOutput
 from vlx.encoders.base import EncoderFeatures, EncoderOut, VisionEncoder
 from vlx.encoders.init import trunc_normal_vit_init
 from vlx.families.classifier import draw_mixture, mixing_of, training_view
