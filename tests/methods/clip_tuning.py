@@ -8,12 +8,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from vlx.core.config import ClipTuningConfig
 from vlx.core.fields import Batch
 from vlx.encoders.build import EncoderBuilder
 from vlx.encoders.config import EncoderConfig, TextConfig
 from vlx.encoders.tokenizers import clip_tokenizer
 from vlx.families.clip_tuning import ClipTuning
+from vlx.families.configs.clip_tuning import ClipTuningConfig
 
 M = TypeVar("M", bound=ClipTuning)
 VIT = "vit_base_patch16_clip_quickgelu_224"

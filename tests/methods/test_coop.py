@@ -23,10 +23,10 @@ from tests.methods.clip_tuning import (
 )
 from vlx.blocks.prompts import words_of
 from vlx.core.capability import ClassLogits, ImageFeatures, OpenVocabulary
-from vlx.core.config import ClassPosition
 from vlx.core.errors import ConfigError
 from vlx.encoders.config import TextConfig
 from vlx.encoders.tokenizers import clip_tokenizer
+from vlx.families.configs.clip_tuning import ClassPosition
 from vlx.methods.coop import Conditional, Coop, CoopConfig, Variant
 
 PHRASE = "a photo of a"

@@ -11,11 +11,11 @@ from torch import Tensor
 from tests.contract.build import build, config, context, smoke_batch
 from vlx.blocks.reconstruction_head import ReconstructionHead
 from vlx.commands.dry_run import measure
-from vlx.core.config import Corruption
 from vlx.core.errors import ConfigError
 from vlx.core.random import uniform
 from vlx.encoders.build import EncoderBuilder
 from vlx.encoders.config import EncoderConfig
+from vlx.families.configs.group_masking import Corruption
 from vlx.methods.gmml import Gmml, GmmlConfig
 from vlx.ops.corrupt import draw_rectangles, group_partner, shift_filler, union_mask
 from vlx.ops.gradients import clip_each

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from vlx.blocks.init import xavier_init
-from vlx.blocks.mim_decoder import MaskTokens
+from vlx.blocks.mim_decoder import PatchDecoder
 
 
 class CrossBlock(nn.Module):
@@ -36,29 +37,18 @@ class CrossBlock(nn.Module):
         return self.norm_self(x + self.drop(attended))
 
 
-class CrossDecoder(nn.Module):
+class CrossDecoder(PatchDecoder):
     """Repaints a masked view from its visible tokens and the whole tokens of another view."""
 
     def __init__(
-        self,
-        *,
-        encoder_dim: int,
-        grid: tuple[int, int],
-        patch_values: int,
-        dim: int,
-        depth: int,
-        heads: int,
-        mlp_dim: int = 2048,
-        dropout: float = 0.1,
+        self, *, dim: int, heads: int, mlp_dim: int = 2048, dropout: float = 0.1, **sizes: Any
     ) -> None:
-        super().__init__()
-        self.tokens = MaskTokens(encoder_dim, dim, grid)
-        self.blocks = nn.ModuleList(
-            CrossBlock(dim, heads, mlp_dim=mlp_dim, dropout=dropout) for _ in range(depth)
+        """sizes: the other ones of `PatchDecoder`."""
+        super().__init__(
+            dim=dim,
+            make_block=lambda: CrossBlock(dim, heads, mlp_dim=mlp_dim, dropout=dropout),
+            **sizes,
         )
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.head = nn.Linear(dim, patch_values)
-        xavier_init(self)
 
     def forward(self, memory: Tensor, prefix: Tensor, visible: Tensor, restore: Tensor) -> Tensor:
         """Predicted patches (B, N, patch_values) of the masked view.
@@ -70,4 +60,4 @@ class CrossDecoder(nn.Module):
         x = self.tokens(prefix, visible, restore)  # (B, 1 + N, dim)
         for block in self.blocks:
             x = block(x, memory)
-        return self.head(self.norm(x))[:, 1:]
+        return self.to_pixels(x)

@@ -1,6 +1,9 @@
-"""The light decoder of masked autoencoders."""
+"""The light decoders of masked autoencoders: what they share, and MAE's."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block
@@ -36,8 +39,9 @@ class MaskTokens(nn.Module):
         return torch.cat([cls, tokens], dim=1) + self.pos_embed
 
 
-class MAEDecoder(nn.Module):
-    """Self-attention over visible and mask tokens, then pixels of every patch."""
+class PatchDecoder(nn.Module):
+    """Tokens at every place, blocks over them, then pixels of every patch; subclasses say what
+    block, and what it reads."""
 
     def __init__(
         self,
@@ -47,22 +51,36 @@ class MAEDecoder(nn.Module):
         patch_values: int,
         dim: int,
         depth: int,
-        heads: int,
+        make_block: Callable[[], nn.Module],
         num_prefix: int = 1,
     ) -> None:
         super().__init__()
         self.num_prefix = num_prefix
         self.tokens = MaskTokens(encoder_dim, dim, grid, num_prefix)
-        self.blocks = nn.ModuleList(
-            Block(dim, heads, qkv_bias=True, attn_layer=SplitAttention) for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(make_block() for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, patch_values)
         xavier_init(self)
+
+    def to_pixels(self, x: Tensor) -> Tensor:
+        """(B, P + N, dim) after the last block. Returns (B, N, patch_values)."""
+        return self.head(self.norm(x))[:, self.num_prefix :]
+
+
+class MAEDecoder(PatchDecoder):
+    """Self-attention over visible and mask tokens."""
+
+    def __init__(self, *, dim: int, heads: int, **sizes: Any) -> None:
+        """sizes: the other ones of `PatchDecoder`."""
+        super().__init__(
+            dim=dim,
+            make_block=lambda: Block(dim, heads, qkv_bias=True, attn_layer=SplitAttention),
+            **sizes,
+        )
 
     def forward(self, prefix: Tensor, visible: Tensor, restore: Tensor) -> Tensor:
         """prefix (B, P, D), visible (B, K, D), restore (B, N). Returns (B, N, patch_values)."""
         x = self.tokens(prefix, visible, restore)  # (B, P + N, dim)
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x))[:, self.num_prefix :]
+        return self.to_pixels(x)

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from timm.layers.weight_init import trunc_normal_
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from vlx.blocks.timm_model import build_model
+from vlx.blocks.timm_model import TimmNetwork, build_model
 from vlx.core.errors import ConfigError
 from vlx.ops.tokens import map_to_tokens
 
 
-class Pyramid(nn.Module):
+class Pyramid(TimmNetwork):
     """What timm, and with it `TimmBackbone`, asks of a model; B batch, C width of a stage.
 
     A stage maps (B, C', h', w') to its own map (B, C, h, w) and, where it has one, a class token
@@ -22,10 +21,8 @@ class Pyramid(nn.Module):
     give `finish` and `forward_head`.
     """
 
+    layers_name = "stages"
     stages: nn.ModuleList
-    head: nn.Module
-    pools: tuple[str, ...] = ("avg",)
-    """Values that `global_pool` may have."""
     num_prefix_tokens = 0
 
     def describe(
@@ -43,15 +40,6 @@ class Pyramid(nn.Module):
             info = {"num_chs": dim, "reduction": reduction, "module": f"stages.{number}"}
             self.feature_info.append(info)
 
-    def make_head(self, num_classes: int) -> nn.Module:
-        """The last linear layer, truncated normal 0.02; none for 0 classes."""
-        if num_classes == 0:
-            return nn.Identity()
-        head = nn.Linear(self.head_hidden_size, num_classes)
-        trunc_normal_(head.weight, std=0.02)
-        nn.init.zeros_(head.bias)
-        return head
-
     def finish(self, x: Tensor, cls_token: Tensor | None) -> Tensor:
         """The last stage's outputs to what `forward_features` returns."""
         raise NotImplementedError
@@ -62,13 +50,6 @@ class Pyramid(nn.Module):
         for stage in self.stages:
             x, cls_token = stage(x)
         return self.finish(x, cls_token)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Class logits of `forward_features`' output, or what the last linear layer would take."""
-        raise NotImplementedError
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
     def forward_intermediates(
         self,
@@ -91,37 +72,6 @@ class Pyramid(nn.Module):
             if number in taken:
                 maps.append(x if output_fmt == "NCHW" else map_to_tokens(x))
         return maps if intermediates_only else (self.finish(x, cls_token), maps)
-
-    def prune_intermediate_layers(
-        self,
-        indices: int | list[int] = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
-    ) -> list[int]:
-        """Drop the stages after the last of `indices`, and the head."""
-        taken, last = feature_take_indices(len(self.stages), indices)
-        self.stages = self.stages[: last + 1]
-        if prune_head:
-            self.reset_classifier(0)
-        return taken
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new last layer; raises `ConfigError` for a pooling that the model has not."""
-        if global_pool is not None:
-            if global_pool not in self.pools:
-                raise ConfigError(
-                    f"global_pool={global_pool}: {type(self).__name__} has {', '.join(self.pools)}"
-                )
-            self.global_pool = global_pool
-        self.num_classes = num_classes
-        self.head = self.make_head(num_classes)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names that the paper does not decay, beside biases and norms."""
-        return set()
 
 
 def check_stages(model: str, **by_stage: Sequence[object]) -> None:

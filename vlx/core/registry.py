@@ -24,6 +24,7 @@ ENTRY_POINT_GROUP = "vlx.methods"
 METHODS_DIR = Path(__file__).resolve().parent.parent / "methods"
 # Modules that a Config class may use; everything else of a method's module needs torch.
 _TORCH_FREE = ("__future__", "dataclasses", "enum", "typing", "vlx.core.config", "vlx.core.errors")
+_FAMILY_CONFIGS = "vlx.families.configs."
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,8 @@ def config_class(slug: str) -> type[MethodConfig]:
 
 def _is_schema(node: ast.stmt) -> bool:
     if isinstance(node, ast.ImportFrom):
-        return node.module in _TORCH_FREE
+        module = node.module or ""
+        return module in _TORCH_FREE or module.startswith(_FAMILY_CONFIGS)
     if not isinstance(node, ast.ClassDef):
         return False
     words = ast.dump(ast.Module(body=[*map(ast.Expr, node.decorator_list)], type_ignores=[]))

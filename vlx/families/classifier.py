@@ -7,11 +7,11 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from vlx.core.capability import Capability, ClassLogits
-from vlx.core.config import ClassifierConfig
 from vlx.core.errors import ConfigError
 from vlx.core.fields import LABEL, Batch, Needs, ViewOp, ViewSpec
 from vlx.core.method import Builder, ParamGroup, Trainable
 from vlx.core.step import StepContext, StepOutput
+from vlx.families.configs.classifier import ClassifierConfig
 from vlx.ops.augment import HorizontalFlip, RandomCrop, RandomErasing, RandomResizedCrop
 from vlx.ops.mixing import Mixing, Mixture, soft_target_cross_entropy
 from vlx.ops.rand_augment import RandAugment

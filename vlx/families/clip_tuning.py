@@ -17,7 +17,6 @@ from vlx.blocks.logit_scale import LogitScale
 from vlx.blocks.prompts import ClassTexts, Sentence, words_of
 from vlx.blocks.vit_block import BlockHook
 from vlx.core.capability import Capability, OpenVocabulary
-from vlx.core.config import ClipTuningConfig
 from vlx.core.errors import ConfigError
 from vlx.core.fields import LABEL, Batch, Needs, ViewSpec
 from vlx.core.method import Builder, ParamGroup, Trainable
@@ -25,6 +24,7 @@ from vlx.core.step import StepContext, StepOutput
 from vlx.encoders.base import EncoderFeatures
 from vlx.encoders.clip_weights import load_clip
 from vlx.families.classifier import Logits
+from vlx.families.configs.clip_tuning import ClipTuningConfig
 from vlx.families.dual_encoder import Towers
 from vlx.ops.augment import HorizontalFlip, RandomResizedCrop
 from vlx.ops.precision import without_autocast

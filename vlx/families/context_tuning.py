@@ -10,10 +10,10 @@ from torch import nn
 
 from vlx.blocks.prompts import PLACE, Sentence
 from vlx.core.capability import Capability
-from vlx.core.config import ClassPosition, ContextConfig
 from vlx.core.errors import ConfigError
 from vlx.core.method import Builder
 from vlx.families.clip_tuning import PROMPT_STD, ClipTuning
+from vlx.families.configs.clip_tuning import ClassPosition, ContextConfig
 
 
 class ContextTuning(ClipTuning):

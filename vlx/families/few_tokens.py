@@ -7,11 +7,11 @@ from typing import ClassVar, Protocol, runtime_checkable
 from torch import Tensor
 
 from vlx.core.capability import Capability
-from vlx.core.config import ClassifierConfig
 from vlx.core.errors import ConfigError
 from vlx.core.method import Builder
 from vlx.encoders.base import EncoderFeatures, VisionEncoder
 from vlx.families.classifier import Classifier, Logits
+from vlx.families.configs.classifier import ClassifierConfig
 from vlx.families.token_reduction import AgainstReference
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from vlx.core.capability import Reconstruction
-from vlx.core.config import Corruption, GroupMaskingConfig
 from vlx.core.step import StepContext
 from vlx.encoders.base import VisionEncoder
+from vlx.families.configs.group_masking import Corruption, GroupMaskingConfig
 from vlx.ops.corrupt import (
     DRAWS_PER_RECTANGLE,
     Filler,

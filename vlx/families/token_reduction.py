@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from vlx.blocks.vit_block import BlockHook, Signal, Signals, TokenReducer
 from vlx.core.capability import Capability, ReducedTokens
-from vlx.core.config import ClassifierConfig
 from vlx.core.errors import ConfigError
 from vlx.core.method import Builder
 from vlx.encoders.base import EncoderFeatures, EncoderSpec, VisionEncoder
 from vlx.families.classifier import Classifier, Logits
+from vlx.families.configs.classifier import ClassifierConfig
 from vlx.ops.token_state import TokenState
 
 

@@ -23,7 +23,7 @@ VQA, NLVR2 and visual entailment, further decoders and heads, are not here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 import torch
@@ -36,7 +36,6 @@ from vlx.blocks.momentum import MomentumCopy
 from vlx.blocks.queue import FeatureQueue, RingQueue
 from vlx.blocks.word_head import WordHead
 from vlx.core.capability import Capability, PairScorer
-from vlx.core.config import MethodConfig
 from vlx.core.errors import ConfigError
 from vlx.core.fields import Batch, Needs
 from vlx.core.method import Builder, ParamGroup, Trainable, decay_all_but_vectors
@@ -45,6 +44,7 @@ from vlx.core.step import StepContext, StepOutput
 from vlx.encoders.base import EncoderFeatures
 from vlx.encoders.checkpoint import fit_positions, load_whole, read_weights
 from vlx.encoders.clip_weights import check_tokenizer
+from vlx.families.configs.pairs import AlbefViewConfig
 from vlx.families.dual_encoder import PAIR_FIELDS, JointSpace, PairTowers, caption_view
 from vlx.ops.contrastive import distilled_contrast, hard_negatives
 from vlx.ops.dist import global_mean
@@ -78,7 +78,7 @@ class Objective(Enum):
 
 
 @dataclass(kw_only=True)
-class AlbefConfig(MethodConfig):
+class AlbefConfig(AlbefViewConfig):
     objective: Objective = Objective.pretrain
     """pretrain: contrast, matching and masked words. retrieval: the first two, where candidates of
     the same image are positives too."""
@@ -99,13 +99,6 @@ class AlbefConfig(MethodConfig):
     """Epochs in which that weight rises from 0. Paper section 3.5: 1."""
     mask_ratio: float = 0.15
     """Share of words hidden, 0..1. Paper section 3.2: 0.15."""
-    crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])
-    """Area of the random resized crop, low and high, 0..1. Official code: 0.2, 1; retrieval 0.5."""
-    flip: float = 0.5
-    """Probability of a horizontal flip. Official code: 0.5."""
-    rand_augment: float | None = 7.0
-    """Strength of two random operations that leave colours alone, 0..10; null does none. Official
-    code: 7."""
     weights: str | None = None
     """A run of albef to start from: retrieval starts from a pre-trained one."""
 

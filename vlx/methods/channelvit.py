@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from vlx.blocks.timm_model import build_model
 from vlx.blocks.timm_model import default_cfgs as cfgs_of
 from vlx.core.capability import Capability, ChannelSubsets
-from vlx.core.config import ClassifierConfig
 from vlx.core.errors import ConfigError
 from vlx.core.fields import LABEL, Batch, Needs, ViewSpec
 from vlx.core.method import Builder, ParamGroup
@@ -38,6 +37,7 @@ from vlx.core.paper import Paper
 from vlx.core.step import StepContext, StepOutput
 from vlx.encoders.base import EncoderFeatures, VisionEncoder
 from vlx.families.classifier import Classifier, Logits, training_view
+from vlx.families.configs.classifier import ClassifierConfig
 from vlx.ops.augment import ColorJitter
 from vlx.ops.mixing import soft_target_cross_entropy
 

@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlx.blocks.prompts import ClassTexts
-from vlx.core.config import ClassPosition, ContextConfig
 from vlx.core.errors import ConfigError
 from vlx.core.method import Builder
 from vlx.core.paper import Paper
 from vlx.core.released import Renames, renamed
+from vlx.families.configs.clip_tuning import ClassPosition, ContextConfig
 from vlx.families.context_tuning import ContextTuning
 
 PAPER = Paper(

@@ -20,14 +20,14 @@ from torch import Tensor
 
 from vlx.blocks.cross_decoder import CrossDecoder
 from vlx.core.capability import Capability
-from vlx.core.config import MethodConfig
 from vlx.core.fields import Batch, Needs, ViewSpec
 from vlx.core.method import Builder, Trainable
 from vlx.core.paper import Paper
 from vlx.core.step import StepContext, StepOutput
 from vlx.encoders.base import EncoderFeatures
 from vlx.encoders.init import mae_init
-from vlx.families.masked import PatchReconstruction
+from vlx.families.configs.masked import PatchDecoderConfig
+from vlx.families.masked import PatchReconstruction, decoder_sizes
 from vlx.ops.augment import HorizontalFlip, RandomResizedCrop
 from vlx.ops.masking import random_masking
 from vlx.ops.patches import patchify
@@ -59,7 +59,7 @@ class Strategy(Enum):
 
 
 @dataclass(kw_only=True)
-class CropmaeConfig(MethodConfig):
+class CropmaeConfig(PatchDecoderConfig):
     strategy: Strategy = Strategy.GlobalToLocal
     """Repaint a crop of the global view (GlobalToLocal), the reverse, one of two independent
     global crops, or the very same view. Launch scripts: GlobalToLocal."""
@@ -91,12 +91,7 @@ class Cropmae(Trainable):
         self.encoder = build.vision(init=mae_init, pos_embed="sincos")
         spec = self.encoder.spec
         self.decoder = CrossDecoder(
-            encoder_dim=spec.dim,
-            grid=spec.grid,
-            patch_values=spec.patch_size**2 * 3,
-            dim=cfg.decoder_dim,
-            depth=cfg.decoder_depth,
-            heads=cfg.decoder_heads,
+            **decoder_sizes(spec, cfg),
             mlp_dim=cfg.decoder_mlp_dim,
             dropout=cfg.dropout,
         )

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from vlx.blocks.vit_block import LayerTokens, Signal, Signals, TokenReducer
-from vlx.core.config import ClassifierConfig
 from vlx.core.errors import ConfigError
 from vlx.core.fields import Batch
 from vlx.core.paper import Paper
 from vlx.core.step import StepContext, StepOutput
 from vlx.encoders.base import EncoderSpec
+from vlx.families.configs.classifier import ClassifierConfig
 from vlx.families.token_reduction import ReducedClassifier
 from vlx.ops.token_state import TokenState, random_tokens
 

@@ -29,12 +29,12 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from vlx.blocks.vit_block import LayerTokens, TokenReducer
-from vlx.core.config import ClassifierConfig
 from vlx.core.errors import ConfigError
 from vlx.core.fields import Batch
 from vlx.core.paper import Paper
 from vlx.core.step import StepContext, StepOutput
 from vlx.encoders.base import EncoderSpec
+from vlx.families.configs.classifier import ClassifierConfig
 from vlx.families.token_reduction import ReducedClassifier
 from vlx.ops.mixing import soft_target_cross_entropy
 from vlx.ops.precision import without_autocast

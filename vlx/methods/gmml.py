@@ -22,7 +22,6 @@ from torch import Tensor
 
 from vlx.blocks.reconstruction_head import ReconstructionHead
 from vlx.core.capability import Capability
-from vlx.core.config import GroupMaskingConfig
 from vlx.core.errors import ConfigError
 from vlx.core.fields import Batch, Needs, ViewSpec
 from vlx.core.method import Builder, Trainable
@@ -30,6 +29,7 @@ from vlx.core.paper import Paper
 from vlx.core.step import StepContext, StepOutput
 from vlx.encoders.base import EncoderFeatures
 from vlx.encoders.init import trunc_normal_vit_init
+from vlx.families.configs.group_masking import GroupMaskingConfig
 from vlx.families.group_masking import CorruptedReconstruction, GroupMasking
 from vlx.ops.augment import ColorJitter, GaussianBlur, HorizontalFlip, RandomResizedCrop
 from vlx.ops.gradients import clip_each

@@ -9,21 +9,20 @@ Departures: mask ratios that keep no patch, or all, are refused (the official co
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from vlx.blocks.mim_decoder import MAEDecoder
 from vlx.core.capability import Capability
-from vlx.core.config import MethodConfig
-from vlx.core.fields import Batch, Needs, ViewSpec
+from vlx.core.fields import Batch, Needs
 from vlx.core.method import Builder, Trainable
 from vlx.core.paper import Paper
 from vlx.core.step import StepContext, StepOutput
 from vlx.encoders.base import EncoderFeatures
 from vlx.encoders.init import mae_init
-from vlx.families.masked import PatchReconstruction
-from vlx.ops.augment import HorizontalFlip, RandomResizedCrop
+from vlx.families.configs.masked import MaskedConfig
+from vlx.families.masked import PatchReconstruction, decoder_sizes, random_crop_needs
 from vlx.ops.masking import random_masking
 from vlx.ops.patches import patchify
 from vlx.ops.targets import masked_patch_mse, norm_pix, undo_norm_pix
@@ -44,21 +43,9 @@ PAPER = Paper(
 
 
 @dataclass(kw_only=True)
-class MaeConfig(MethodConfig):
-    mask_ratio: float = 0.75
-    """Share of patches hidden, 0..1. Paper section 4.1: 0.75."""
+class MaeConfig(MaskedConfig):
     norm_pix_loss: bool = True
     """Predict each patch with its own mean and deviation removed. On in the published weights."""
-    decoder_dim: int = 512
-    """Width of the decoder. Paper table 1b: 512."""
-    decoder_depth: int = 8
-    """Blocks of the decoder. Paper table 1a: 8."""
-    decoder_heads: int = 16
-    """Attention heads of the decoder. Official code: 16."""
-    crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])
-    """Area of the random resized crop, low and high, 0..1. Paper appendix A.1: 0.2, 1."""
-    flip: float = 0.5
-    """Probability of a horizontal flip. Official code: 0.5."""
 
 
 class Mae(Trainable):
@@ -69,18 +56,12 @@ class Mae(Trainable):
         self.encoder = build.vision(init=mae_init, pos_embed="sincos")
         spec = self.encoder.spec
         self.decoder = MAEDecoder(
-            encoder_dim=spec.dim,
-            grid=spec.grid,
-            patch_values=spec.patch_size**2 * 3,
-            dim=cfg.decoder_dim,
-            depth=cfg.decoder_depth,
-            heads=cfg.decoder_heads,
+            **decoder_sizes(spec, cfg),
         )
 
     @classmethod
     def needs(cls, cfg: MaeConfig) -> Needs:
-        crop = RandomResizedCrop(scale=(cfg.crop_scale[0], cfg.crop_scale[1]))
-        return Needs(views=(ViewSpec("image", ops=(crop, HorizontalFlip(cfg.flip))),))
+        return random_crop_needs(cfg)
 
     def step(self, batch: Batch, ctx: StepContext) -> StepOutput:
         images = self.encoder.normalise(batch["image"])

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from vlx.blocks.prompts import PLACE, AppendedPrompts, ClassTexts, DeepPrompts, Sentence
-from vlx.core.config import ClipTuningConfig
 from vlx.core.errors import ConfigError
 from vlx.core.method import Builder
 from vlx.core.paper import Paper
 from vlx.core.released import Renames, renamed
 from vlx.families.clip_tuning import PROMPT_STD, ClipTuning
+from vlx.families.configs.clip_tuning import ClipTuningConfig
 
 PAPER = Paper(
     number=54,

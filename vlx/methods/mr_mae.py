@@ -14,7 +14,7 @@ layers, joint teachers; the paper's text on them could not be read.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,16 +23,15 @@ from vlx.blocks.frozen import Frozen
 from vlx.blocks.init import xavier_init
 from vlx.blocks.mim_decoder import MAEDecoder
 from vlx.core.capability import Capability
-from vlx.core.config import MethodConfig
 from vlx.core.errors import ConfigError
-from vlx.core.fields import Batch, Needs, ViewSpec
+from vlx.core.fields import Batch, Needs
 from vlx.core.method import Builder, Trainable
 from vlx.core.paper import Paper
 from vlx.core.step import StepContext, StepOutput
 from vlx.encoders.base import EncoderFeatures, EncoderOut, VisionEncoder
 from vlx.encoders.init import mae_init
-from vlx.families.masked import PatchReconstruction
-from vlx.ops.augment import HorizontalFlip, RandomResizedCrop
+from vlx.families.configs.masked import MaskedConfig
+from vlx.families.masked import PatchReconstruction, decoder_sizes, random_crop_needs
 from vlx.ops.masking import RandomMask, random_masking
 from vlx.ops.patches import patchify
 from vlx.ops.resample import resize
@@ -55,23 +54,11 @@ PAPER = Paper(
 
 
 @dataclass(kw_only=True)
-class MrMaeConfig(MethodConfig):
-    mask_ratio: float = 0.75
-    """Share of patches hidden, 0..1. Official recipe: 0.75."""
+class MrMaeConfig(MaskedConfig):
     mimic_weight: float = 1.0
     """Weight of the mimic loss beside the pixel loss. From memory of the paper: 1."""
     normalise_teacher: bool = True
     """LayerNorm without weights on the teacher's features. Ours: makes teachers comparable."""
-    decoder_dim: int = 512
-    """Width of the decoder. Official recipe: 512."""
-    decoder_depth: int = 8
-    """Blocks of the decoder. Official recipe: 8."""
-    decoder_heads: int = 16
-    """Attention heads of the decoder. Official recipe: 16."""
-    crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])
-    """Area of the random resized crop, low and high, 0..1. MAE's recipe: 0.2, 1."""
-    flip: float = 0.5
-    """Probability of a horizontal flip. MAE's code: 0.5."""
 
 
 class MrMae(Trainable):
@@ -82,12 +69,7 @@ class MrMae(Trainable):
         self.encoder = build.vision(init=mae_init, pos_embed="sincos")
         spec = self.encoder.spec
         self.decoder = MAEDecoder(
-            encoder_dim=spec.dim,
-            grid=spec.grid,
-            patch_values=spec.patch_size**2 * 3,
-            dim=cfg.decoder_dim,
-            depth=cfg.decoder_depth,
-            heads=cfg.decoder_heads,
+            **decoder_sizes(spec, cfg),
             num_prefix=spec.num_prefix,
         )
         teacher: VisionEncoder = build.vision("teacher")
@@ -105,8 +87,7 @@ class MrMae(Trainable):
 
     @classmethod
     def needs(cls, cfg: MrMaeConfig) -> Needs:
-        crop = RandomResizedCrop(scale=(cfg.crop_scale[0], cfg.crop_scale[1]))
-        return Needs(views=(ViewSpec("image", ops=(crop, HorizontalFlip(cfg.flip))),))
+        return random_crop_needs(cfg)
 
     def step(self, batch: Batch, ctx: StepContext) -> StepOutput:
         images = self.encoder.normalise(batch["image"])

@@ -41,7 +41,6 @@ from torch.nn.functional import silu, softplus
 
 from vlx.blocks.timm_model import build_model
 from vlx.blocks.timm_model import default_cfgs as cfgs_of
-from vlx.core.config import ClassifierConfig
 from vlx.core.errors import ConfigError
 from vlx.core.fields import LABEL, Needs, ViewSpec
 from vlx.core.method import Builder
@@ -49,6 +48,7 @@ from vlx.core.paper import Paper
 from vlx.core.released import renamed
 from vlx.families.backbone import BackboneClassifier
 from vlx.families.classifier import training_view
+from vlx.families.configs.classifier import ClassifierConfig
 from vlx.ops.augment import ColorJitter, GaussianBlur, Grayscale, OneOf, Solarize
 from vlx.ops.precision import without_autocast
 from vlx.ops.selective_scan import scan_all, scan_chunks, scan_tokens

@@ -17,10 +17,10 @@ from enum import Enum
 from torch import Tensor, nn
 
 from vlx.blocks.prompts import ClassTexts
-from vlx.core.config import ContextConfig
 from vlx.core.method import Builder
 from vlx.core.paper import Paper
 from vlx.core.released import Renames, renamed
+from vlx.families.configs.clip_tuning import ContextConfig
 from vlx.families.context_tuning import ContextTuning
 from vlx.ops.precision import without_autocast
 

@@ -29,11 +29,11 @@ from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 from vlx.blocks.init import trunc_normal_init
 from vlx.blocks.pyramid import Pyramid, build_pyramid, check_stages
 from vlx.blocks.timm_model import default_cfgs as cfgs_of
-from vlx.core.config import StagesConfig
 from vlx.core.errors import ConfigError
 from vlx.core.paper import Paper
 from vlx.core.released import Renames, next_stage, renamed
 from vlx.families.backbone import BackboneClassifier, stage_arguments
+from vlx.families.configs.classifier import StagesConfig
 from vlx.ops.distance import line_distances, manhattan_distances
 from vlx.ops.tokens import map_to_tokens, tokens_to_map
 

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from vlx.blocks.timm_model import build_model
 from vlx.blocks.timm_model import default_cfgs as cfgs_of
-from vlx.core.config import ClassifierConfig
 from vlx.core.errors import ConfigError
 from vlx.core.paper import Paper
 from vlx.families.backbone import BackboneClassifier
+from vlx.families.configs.classifier import ClassifierConfig
 from vlx.ops.polyphase import polyphase_anchor
 from vlx.ops.tokens import map_to_tokens, tokens_to_map
 

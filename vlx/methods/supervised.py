@@ -15,13 +15,13 @@ from enum import Enum
 from torch import Tensor, nn
 
 from vlx.core.capability import Capability
-from vlx.core.config import ClassifierConfig
 from vlx.core.errors import ConfigError
 from vlx.core.method import Builder
 from vlx.core.paper import Paper
 from vlx.encoders.adapters import MARKS, insert_ia3, insert_lora
 from vlx.encoders.base import EncoderFeatures, VisionEncoder
 from vlx.families.classifier import Classifier, Logits
+from vlx.families.configs.classifier import ClassifierConfig
 
 PAPER = Paper(
     number=0,

@@ -28,13 +28,13 @@ from torch.utils.checkpoint import checkpoint
 from vlx.blocks.super_tokens import SuperTokenAttention
 from vlx.blocks.timm_model import default_cfgs as cfgs_of
 from vlx.core.capability import Capability
-from vlx.core.config import ClassifierConfig
 from vlx.core.errors import ConfigError
 from vlx.core.method import Builder
 from vlx.core.paper import Paper
 from vlx.core.released import Renames, next_stage, renamed
 from vlx.encoders.base import EncoderFeatures, VisionEncoder
 from vlx.families.classifier import Classifier, Logits
+from vlx.families.configs.classifier import ClassifierConfig
 from vlx.families.token_reduction import AgainstReference
 
 PAPER = Paper(

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from vlx.blocks.vit_block import LayerTokens, Signal, Signals, TokenReducer
-from vlx.core.config import ClassifierConfig
 from vlx.core.errors import ConfigError
 from vlx.core.paper import Paper
 from vlx.encoders.base import EncoderSpec
+from vlx.families.configs.classifier import ClassifierConfig
 from vlx.families.token_reduction import ReducedClassifier
 from vlx.ops.token_merging import bipartite_matching, merge_pairs, num_merged
 from vlx.ops.token_state import TokenState, random_tokens

@@ -14,7 +14,7 @@ code's local loss, which has weight 0 there, is left out; so is the curation of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,12 +24,12 @@ from vlx.blocks.frozen import Frozen
 from vlx.blocks.logit_scale import Temperature
 from vlx.blocks.projectors import ResidualHead, TokenProjector
 from vlx.core.capability import Capability
-from vlx.core.config import MethodConfig
 from vlx.core.fields import Batch, Needs
 from vlx.core.method import Builder, ParamGroup, Trainable, decay_all_but_vectors
 from vlx.core.paper import Paper
 from vlx.core.step import StepContext, StepOutput
 from vlx.encoders.base import EncoderFeatures
+from vlx.families.configs.pairs import AlbefViewConfig
 from vlx.families.dual_encoder import PAIR_FIELDS, JointSpace, PairTowers, caption_view
 from vlx.ops.contrastive import paired_cross_entropy
 from vlx.ops.text import mean_tokens, real_tokens
@@ -49,20 +49,13 @@ PAPER = Paper(
 
 
 @dataclass(kw_only=True)
-class UnimodalProjectorsConfig(MethodConfig):
+class UnimodalProjectorsConfig(AlbefViewConfig):
     embed_dim: int = 1024
     """Width of the joint space. Official config: 1024."""
     dropout: float = 0.1
     """Dropout inside the projectors, 0..1. Official code: 0.1."""
     temperature: float = 0.07
     """Divides cosines at the start; learned, kept within 0.001 and 0.5. Official config: 0.07."""
-    crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])
-    """Area of the random resized crop, low and high, 0..1. Official code: 0.2, 1."""
-    flip: float = 0.5
-    """Probability of a horizontal flip. Official code: 0.5."""
-    rand_augment: float | None = 7.0
-    """Strength of two random operations that leave colours alone, 0..10; null does none. Official
-    code: 7."""
 
 
 class ProjectedTowers(PairTowers):

@@ -35,10 +35,10 @@ from torch import Tensor, nn
 
 from vlx.blocks.timm_model import build_model
 from vlx.blocks.timm_model import default_cfgs as cfgs_of
-from vlx.core.config import ClassifierConfig
 from vlx.core.errors import ConfigError
 from vlx.core.paper import Paper
 from vlx.families.backbone import BackboneClassifier
+from vlx.families.configs.classifier import ClassifierConfig
 from vlx.ops.distance import line_distances
 from vlx.ops.precision import without_autocast
 

@@ -26,13 +26,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vlx.core.config import ClassifierConfig
 from vlx.core.errors import ConfigError
 from vlx.core.fields import LABEL, Needs, ViewSpec
 from vlx.core.method import Builder, ParamGroup
 from vlx.core.paper import Paper
 from vlx.families.backbone import BackboneClassifier
 from vlx.families.classifier import training_view
+from vlx.families.configs.classifier import ClassifierConfig
 from vlx.methods.gmm_attention._cait import MaskedCait
 from vlx.methods.gmm_attention._pit import MaskedPit
 from vlx.methods.gmm_attention._swin import MaskedSwin

@@ -24,12 +24,12 @@ from typing import Any
 from torch import Tensor
 
 from vlx.core.capability import Budgets, Capability, ImageFeatures
-from vlx.core.config import ClassifierConfig
 from vlx.core.errors import ConfigError
 from vlx.core.fields import Batch
 from vlx.core.paper import Paper
 from vlx.core.step import StepContext, StepOutput
 from vlx.families.classifier import Logits
+from vlx.families.configs.classifier import ClassifierConfig
 from vlx.families.few_tokens import FewTokenClassifier, Gathering
 from vlx.methods.lookupvit._network import LookupVisionTransformer
 from vlx.ops.mixing import soft_target_cross_entropy

@@ -19,7 +19,7 @@ from torch.nn.functional import layer_norm
 from torch.utils.checkpoint import checkpoint
 
 from vlx.blocks.init import trunc_normal_init
-from vlx.blocks.timm_model import build_model
+from vlx.blocks.timm_model import TimmNetwork, build_model
 from vlx.blocks.timm_model import default_cfgs as cfgs_of
 from vlx.blocks.vit_block import Signal, attend
 from vlx.core.errors import ConfigError
@@ -96,12 +96,14 @@ class LookupBlock(nn.Module):
         return compressed, lookup + self.drop_path(self.thin_mlp(self.norm_thin(lookup)))
 
 
-class LookupVisionTransformer(nn.Module):
+class LookupVisionTransformer(TimmNetwork):
     """The backbone, by timm's conventions. No parameter depends on the compressed grid.
 
     compressed_grid: side of the square of compressed tokens. last_write_back: the last block
     writes to the lookup tokens too; nothing under a classifier then trains what it writes with.
     """
+
+    pools = ("avg", "")
 
     def __init__(
         self,
@@ -148,7 +150,7 @@ class LookupVisionTransformer(nn.Module):
         ]
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        self.head = self.make_head(num_classes)
         self.compressed_grid = self.check_grid(compressed_grid)
         self.init_weights()
 
@@ -199,9 +201,6 @@ class LookupVisionTransformer(nn.Module):
         x = self.head_drop(x.mean(dim=1) if self.global_pool == "avg" else x)
         return x if pre_logits else self.head(x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
     def forward_intermediates(
         self,
         x: Tensor,
@@ -227,28 +226,9 @@ class LookupVisionTransformer(nn.Module):
         lookup = layer_norm(lookup, lookup.shape[-1:]) if norm else lookup
         return lookup.transpose(1, 2).unflatten(2, self.grid)
 
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop what `forward_intermediates` does not need. Returns the indices, not negative."""
-        wanted, last = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: last + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0)
-        return wanted
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head for so many classes, none for 0; global_pool: "avg", or "" for tokens."""
-        self.num_classes = num_classes
-        self.global_pool = self.global_pool if global_pool is None else global_pool
-        where = self.pos_embed
-        head = nn.Linear(self.embed_dim, num_classes, device=where.device, dtype=where.dtype)
-        self.head = head if num_classes else nn.Identity()
+    def make_head(self, num_classes: int) -> nn.Module:
+        """As PyTorch's layers start: `init_weights` starts the one that the model is built with."""
+        return nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
 
     def no_weight_decay(self) -> set[str]:
         return {"pos_embed"}

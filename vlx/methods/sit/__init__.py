@@ -30,12 +30,13 @@ from enum import Enum
 from torch import Tensor
 
 from vlx.core.capability import Capability
-from vlx.core.config import ClassifierConfig, Corruption, GroupMaskingConfig
 from vlx.core.errors import ConfigError
 from vlx.core.fields import Batch, Needs
 from vlx.core.method import Builder, ParamGroup, Trainable
 from vlx.core.paper import Paper
 from vlx.core.step import StepContext, StepOutput
+from vlx.families.configs.classifier import ClassifierConfig
+from vlx.families.configs.group_masking import Corruption, GroupMaskingConfig
 from vlx.methods.sit._momentum import MomentumTask
 from vlx.methods.sit._rotation import RotationTask
 from vlx.methods.sit._task import Task

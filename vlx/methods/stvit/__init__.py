@@ -22,8 +22,8 @@ from typing import Any
 
 from torch import nn
 
-from vlx.core.config import ClassifierConfig
 from vlx.core.paper import Paper
+from vlx.families.configs.classifier import ClassifierConfig
 from vlx.families.few_tokens import FewTokenClassifier
 from vlx.methods.stvit._deit import SemanticVisionTransformer
 from vlx.methods.stvit._swin import SemanticSwin

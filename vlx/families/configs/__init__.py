@@ -1,0 +1,1 @@
+"""What the methods of a family let their users set. Importable without torch."""
