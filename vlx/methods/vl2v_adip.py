@@ -26,10 +26,11 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -81,9 +82,6 @@ class Stage(Enum):
     white_box = "white_box"
     cross_entropy = "cross_entropy"
     kl = "kl"
-
-
-_JOINT = (Stage.joint, Stage.cross_entropy, Stage.kl)
 
 
 @dataclass(kw_only=True)
@@ -148,6 +146,60 @@ def cosine_losses(z: Tensor, image: Tensor, text: Tensor, image_ratio: float) ->
     }
 
 
+def towards_embeddings(
+    method: Vl2vAdip, images: Tensor, z: Tensor, labels: Tensor | None
+) -> dict[str, Tensor]:
+    """The paper's loss, of both stages: towards the teacher's image and class embeddings."""
+    assert labels is not None
+    taught, names = method.teach(images), method.class_weights()
+    return cosine_losses(z, taught, names[labels], method.cfg.image_ratio)
+
+
+def towards_classes(
+    method: Vl2vAdip, images: Tensor, z: Tensor, labels: Tensor | None
+) -> dict[str, Tensor]:
+    """Baseline: cross-entropy over the cosine logits."""
+    assert labels is not None
+    return {"class": cross_entropy(method.logits(z, method.class_weights()), labels)}
+
+
+def towards_probabilities(
+    method: Vl2vAdip, images: Tensor, z: Tensor, labels: Tensor | None
+) -> dict[str, Tensor]:
+    """Baseline: the teacher's class probabilities of the same images."""
+    names = method.class_weights()
+    student, teacher = (method.logits(x, names).log_softmax(-1) for x in (z, method.teach(images)))
+    return {"kl": kl_div(student, teacher, log_target=True, reduction="batchmean")}
+
+
+class Plan(NamedTuple):
+    """What a stage trains, from what, and by which loss."""
+
+    student: bool = True
+    """Whether the student is trained."""
+    projection: bool = True
+    """Whether the projection is trained."""
+    loss: Callable[[Vl2vAdip, Tensor, Tensor, Tensor | None], dict[str, Tensor]] = (
+        towards_embeddings
+    )
+    """(method, images in 0..1, z (B, E), labels (B,)) to losses."""
+    reads_labels: bool = True
+    from_stage_one: bool = False
+    """The projection is the one that stage 1 trained."""
+    teachers_tower: bool = False
+    """The student is a copy of the teacher's image tower, which needs no projection."""
+
+
+PLANS = {
+    Stage.align: Plan(student=False),
+    Stage.distil: Plan(projection=False, from_stage_one=True),
+    Stage.joint: Plan(),
+    Stage.white_box: Plan(projection=False, teachers_tower=True),
+    Stage.cross_entropy: Plan(loss=towards_classes),
+    Stage.kl: Plan(loss=towards_probabilities, reads_labels=False),
+}
+
+
 def load_projection(projection: nn.Linear, path: str) -> None:
     """Put the layer that stage 1 trained into this one: nothing else of its run, and all of it."""
     file = Path(path).expanduser()
@@ -157,10 +209,10 @@ def load_projection(projection: nn.Linear, path: str) -> None:
         saved = read_weights(file) if file.is_file() else {}
     wanted = {f"{_PART}.{name}": value for name, value in projection.state_dict().items()}
     for name, value in wanted.items():
-        found = tuple(saved[name].shape) if name in saved else "nothing"
-        if found != tuple(value.shape):
+        shape = tuple(saved[name].shape) if name in saved else "nothing"
+        if shape != tuple(value.shape):
             raise CheckpointError(
-                f"method.projection={path}: {file.name} holds {found} as {name}, this model needs "
+                f"method.projection={path}: {file.name} holds {shape} as {name}, this model needs "
                 f"{tuple(value.shape)}: give a run of method.stage=align with the same encoder and "
                 "method.embed_dim"
             )
@@ -181,7 +233,8 @@ class Vl2vAdip(Trainable):
         towers = Towers(build, cfg.embed_dim, role="teacher")
         scale = LogitScale()
         self._load_teacher(towers, scale, build)
-        if cfg.stage is Stage.white_box:
+        self.plan = PLANS[cfg.stage]
+        if self.plan.teachers_tower:
             side = towers.image.spec.image_size
             if side != build.image_size:
                 raise ConfigError(
@@ -195,10 +248,10 @@ class Vl2vAdip(Trainable):
             width = getattr(self.student.backbone, "head_hidden_size", self.student.spec.dim)
             self.projection = nn.Linear(width, cfg.embed_dim)
         self.teacher, self.logit_scale = Frozen(towers), Frozen(scale)
-        self.student.requires_grad_(cfg.stage is not Stage.align)
-        self.projection.requires_grad_(cfg.stage is Stage.align or cfg.stage in _JOINT)
-        self.frozen_base = cfg.stage is Stage.align
-        if cfg.stage is Stage.distil and build.load_weights:
+        self.student.requires_grad_(self.plan.student)
+        self.projection.requires_grad_(self.plan.projection)
+        self.frozen_base = not self.plan.student
+        if self.plan.from_stage_one and build.load_weights:
             self._load_stage_one(cfg.projection)
         # Not saved: the teacher's weights and the class names say what it is.
         self.register_buffer("classes", None, persistent=False)
@@ -236,20 +289,20 @@ class Vl2vAdip(Trainable):
             ops.append(ColorJitter(cfg.jitter, cfg.jitter, cfg.jitter, cfg.jitter))
         if cfg.grey:
             ops.append(Grayscale(cfg.grey))
-        fields = () if cfg.stage is Stage.kl else (LABEL,)
+        fields = (LABEL,) if PLANS[cfg.stage].reads_labels else ()
         return Needs(views=(ViewSpec("image", ops=tuple(ops)),), fields=fields)
 
     def frozen_parts(self) -> tuple[str, ...]:
-        return ("student",) if self.cfg.stage is Stage.align else ()
+        return () if self.plan.student else ("student",)
 
     def inserted(self) -> Sequence[str]:
-        return () if self.cfg.stage is Stage.white_box else (f"{_PART}.",)
+        return () if self.plan.teachers_tower else (f"{_PART}.",)
 
     def train(self, mode: bool = True) -> Vl2vAdip:
         """Batch norms keep their statistics, whatever is trained; a frozen student runs as it will
         be used."""
         super().train(mode)
-        if self.cfg.stage is Stage.align:
+        if not self.plan.student:
             self.student.eval()
         for part in self.student.modules():
             if isinstance(part, nn.modules.batchnorm._BatchNorm):
@@ -258,7 +311,7 @@ class Vl2vAdip(Trainable):
 
     def project(self, images: Tensor) -> Tensor:
         """images: (B, 3, H, W), RGB in 0..1. Returns z (B, E), not of unit length."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.cfg.stage is not Stage.align):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.plan.student):
             # Without a head `classify` is the model's pooling: the class token after the final
             # norm, the mean of class and distillation token, or the mean of a map.
             features = self.student.classify(self.student(images))  # (B, D)
@@ -279,11 +332,11 @@ class Vl2vAdip(Trainable):
         words = [name.replace("_", " ") for name in class_names]
         # Not an evaluator's inference tensors: training uses them too.
         with torch.inference_mode(False), torch.no_grad(), without_autocast(like):
-            found = [
+            sentences = [
                 towers.embed_texts([template.replace("{}", word) for word in words]).float()
                 for template in self.cfg.templates
             ]
-            return mean_of_templates(torch.stack(found, dim=1))
+            return mean_of_templates(torch.stack(sentences, dim=1))
 
     def class_weights(self) -> Tensor:
         """`name_weights` of the data's classes, made at the first use of the loaded weights."""
@@ -301,15 +354,9 @@ class Vl2vAdip(Trainable):
         return self.logits(self.project(images), self.class_weights())
 
     def step(self, batch: Batch, ctx: StepContext) -> StepOutput:
-        images, names = batch["image"], self.class_weights()
-        z = self.project(images)
-        if self.cfg.stage is Stage.cross_entropy:
-            return StepOutput({"class": cross_entropy(self.logits(z, names), batch["label"])})
-        taught = self.teach(images)
-        if self.cfg.stage is Stage.kl:
-            own, wanted = (self.logits(x, names).log_softmax(-1) for x in (z, taught))
-            return StepOutput({"kl": kl_div(own, wanted, log_target=True, reduction="batchmean")})
-        return StepOutput(cosine_losses(z, taught, names[batch["label"]], self.cfg.image_ratio))
+        images = batch["image"]
+        labels = batch["label"] if self.plan.reads_labels else None
+        return StepOutput(self.plan.loss(self, images, self.project(images), labels))
 
     def exports(self) -> tuple[Capability, ...]:
         return Logits(self), NamedClasses(self), EncoderFeatures(self.student)
